@@ -1,0 +1,37 @@
+# Two commands need nothing else: `make picture PROMPT="a red apple"` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red apple on a white background
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: picture test lint parity bench clean
+
+picture: $(VENV)/.installed
+	@$(BIN)/sfumato txt2img --prompt "$(PROMPT)" $(ARGS)
+
+test: $(VENV)/.installed-test lint
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m parity
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints-test.txt | $(VENV)/bin/python
+	$(PIP) -c constraints-test.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints-test.txt | $(VENV)/bin/python
+	$(PIP) -c constraints-test.txt -e ".[test]"
+	$(PIP) --no-deps k-diffusion==0.1.1.post1
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

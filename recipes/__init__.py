@@ -1,0 +1,1 @@
+"""Complete, reproducible histories of how models were made."""

@@ -1,0 +1,11 @@
+"""The original scripts/txt2img.py's command line, flag for flag; the work is done by `sfumato txt2img`."""
+
+from __future__ import annotations
+
+import sys
+
+from sfumato.cli.main import run_command
+from sfumato.cli.txt2img import original_script, run
+
+if __name__ == "__main__":
+    sys.exit(run_command(run, original_script(), "txt2img.py"))

@@ -1,0 +1,1 @@
+"""Sfumato: a complete Stable Diffusion."""

@@ -1,0 +1,73 @@
+"""Pictures: tensors in [-1, 1] <-> uint8 arrays <-> files, grids, and the recipe inside a PNG.
+
+Knows nothing of models. The recipe is JSON under the text key "sfumato"; files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+RECIPE_KEY = "sfumato"
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """images (B, 3, H, W) about [-1, 1], clipped -> (B, H, W, 3) uint8, rounded to nearest."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """images (B, H, W, 3) uint8 -> one picture of ceil(B / columns) rows, read left to right, with black gaps."""
+    if columns < 1:
+        raise ValueError(f"columns={columns}: 1 or more are needed")
+    count, height, width, _ = images.shape
+    rows = math.ceil(count / columns)
+    sheet = np.zeros((gap + rows * (height + gap), gap + columns * (width + gap), 3), dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None) -> None:
+    """Write (H, W, 3) uint8 beside, then rename; an OSError (full disk, no permission) leaves no half file."""
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_png(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Pixels (H, W, 3) uint8 and the recipe; ValueError where the file is no picture or carries no recipe."""
+    if not path.is_file():
+        raise ValueError(f"picture={str(path)!r}: no such file")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            text = getattr(picture, "text", {}).get(RECIPE_KEY)
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"picture={str(path)!r}: not a readable picture ({error})") from error
+    if text is None:
+        raise ValueError(f"picture={str(path)!r}: it carries no sfumato recipe")
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({error})") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"picture={str(path)!r}: its recipe is damaged (not an object)")
+    return pixels, recipe

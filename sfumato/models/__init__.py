@@ -1,0 +1,1 @@
+"""Networks: one frozen config each; they know nothing of files, devices or prompts."""

@@ -1,0 +1,63 @@
+"""Building blocks that several networks share: attention, normalisation, the sinusoidal embedding of time.
+
+Knows nothing of files, devices or prompts. Module and parameter names are those of the original checkpoints.
+Letters: B batch, L tokens, D width, n heads, C channels, h w size of a feature map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+
+    q (B, L, D), k and v (B, M, D), D divisible by num_heads; causal hides later tokens. Returns (B, L, D).
+    """
+    batch, length, width = q.shape
+
+    def split(z: Tensor) -> Tensor:
+        return z.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=causal)
+    return out.transpose(1, 2).reshape(batch, length, width)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of the (possibly fractional) timestep: t (B,) -> (B, dim), cosines first as in the original U-Net.
+
+    Ho et al. 2020, after Vaswani et al. 2017 section 3.5; `dim` must be even.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018); ValueError where the groups do not divide the channels."""
+    if channels % groups:
+        raise ValueError(f"norm_groups={groups} must divide the channel count {channels}")
+    return nn.GroupNorm(groups, channels, eps=eps, affine=True)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling followed by a 3 x 3 convolution: (B, C, h, w) -> (B, C', 2h, 2w)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero, so that a residual branch starts as the identity. Returns the module."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,1 @@
+"""One training loop, and a file for each thing that is trained."""

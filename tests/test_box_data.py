@@ -1,0 +1,132 @@
+"""Composition, captions and shards of the box data, on synthetic sprites: no network."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes.box import data
+from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, shade
+from recipes.box.things import ALIASES, COMMON, names_of, with_article
+
+
+def disc(side: int = 64, colour: tuple[int, int, int] = (255, 0, 0)) -> np.ndarray:
+    """A disc; its transparent pixels are pure green, which must never be seen."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    rgba = np.zeros((side, side, 4), np.uint8)
+    rgba[..., 1] = 255
+    inside = np.hypot(x, y) < side / 4
+    rgba[inside] = (*colour, 255)
+    return rgba
+
+
+def sprite() -> data.Sprite:
+    rgba = data.trim(disc())
+    thing = data.Thing("1f534", "red circle", ("disc", "circle"), ("shape",), "objects")
+    return data.Sprite(thing, data.ART[0], rgba, data.visible_on(rgba))
+
+
+def test_trim_keeps_exactly_the_solid_box() -> None:
+    assert data.trim(disc(64)).shape == (32, 32, 4)
+    with pytest.raises(ValueError, match="transparent"):
+        data.trim(np.zeros((4, 4, 4), np.uint8))
+
+
+def test_compose_has_no_fringe_and_fits() -> None:
+    picture = np.asarray(data.compose(data.trim(disc()), 128, (255, 255, 255), 0.75, 0.0, 0.0)).astype(int)
+    assert picture.shape == (128, 128, 3)
+    assert np.abs(picture[..., 1] - picture[..., 2]).max() <= 1  # red over white: never greener than blue
+    assert tuple(picture[64, 64]) == (255, 0, 0) and tuple(picture[0, 0]) == (255, 255, 255)
+    cols = np.flatnonzero((picture[..., 1] < 128).any(0))
+    assert abs((cols[-1] - cols[0] + 1) - 96) <= 2
+
+
+def test_compose_never_cuts_the_sprite() -> None:
+    for shift in (-0.5, 0.5):
+        picture = np.asarray(data.compose(data.trim(disc()), 64, (0, 0, 255), 0.86, shift, shift))
+        assert (picture[..., 0] > 128).any(0).sum() >= 54
+
+
+def test_half_transparent_over_background() -> None:
+    rgba = np.full((8, 8, 4), (200, 0, 0, 128), np.uint8)
+    picture = np.asarray(data.compose(rgba, 32, (0, 0, 200), 1.0, 0, 0)).astype(int)
+    assert np.abs(picture[16, 16] - (100, 0, 100)).max() <= 1
+
+
+def test_red_sprite_is_not_put_on_red() -> None:
+    visible = data.visible_on(data.trim(disc(colour=BACKGROUNDS["red"])))
+    assert "red" not in visible and "white" in visible and "blue" in visible
+
+
+def test_background_rates() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [choose_background(rng) for _ in range(4000)]
+    counts = Counter(name for name, _ in drawn)
+    assert abs(counts["white"] / 4000 - 0.25) < 0.03
+    assert set(counts) == set(BACKGROUNDS)
+    silent = [name for name, said in drawn if not said]
+    assert abs(len(silent) / 4000 - 0.10) < 0.02 and silent.count("white") / len(silent) > 0.75
+    assert all(0 <= v <= 255 for name, _ in drawn for v in shade(name, rng))
+
+
+def test_captions_name_what_is_there() -> None:
+    rng = np.random.default_rng(1)
+    texts = [caption_of(("octopus",), ("sea",), "3d", "blue", rng) for _ in range(500)]
+    assert all("octopus" in t.lower() and "blue" in t for t in texts)
+    assert abs(sum("3d" in t.lower() for t in texts) / 500 - 0.65) < 0.08
+    assert any(t == "a 3d octopus on a blue background" for t in texts)
+    assert not any(" a octopus" in t or t.startswith("a octopus") for t in texts)
+    silent = [caption_of(("grapes",), (), "flat", None, rng) for _ in range(200)]
+    assert not any("background" in t or "a grapes" in t or "a flat grapes" in t for t in silent)
+    orange = [caption_of(("apple",), (), "sticker", "orange", rng) for _ in range(200)]
+    assert not any(" a orange" in t or "a apple" in t for t in orange)
+    with pytest.raises(ValueError, match="style"):
+        caption_of(("apple",), (), "oil", None, rng)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("apple", "an apple"),
+        ("cat", "a cat"),
+        ("unicorn", "a unicorn"),
+        ("ufo", "a ufo"),
+        ("sun", "the sun"),
+        ("grapes", "grapes"),
+        ("pair of scissors", "a pair of scissors"),
+        ("x-ray", "an x-ray"),
+        ("sunglasses", "sunglasses"),
+    ],
+)
+def test_articles(name: str, text: str) -> None:
+    assert with_article(name) == text
+
+
+def test_names() -> None:
+    assert names_of("cat face")[0] == "cat" and names_of("automobile")[0] == "car"
+    assert names_of("hamster face", is_animal=True)[0] == "hamster"
+    assert names_of("full moon face") == ("full moon face",)
+    assert not set(COMMON) & set(ALIASES)
+
+
+def test_build_is_deterministic_and_complete(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "load_sprites", lambda which, size, cache: [sprite(), sprite()])
+    monkeypatch.setattr(data, "SAMPLES_PER_SHARD", 4)
+    for name in ("a", "b"):
+        summary = data.build(tmp_path / name, 32, "common", 3, 7, tmp_path)
+    assert summary["samples"] == 6 and summary["shards"] == ["train-00000.tar", "train-00001.tar"]
+    for shard in summary["shards"]:
+        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+    with tarfile.open(tmp_path / "a" / "train-00000.tar") as tar:
+        names = tar.getnames()
+        picture = Image.open(io.BytesIO(tar.extractfile(names[0]).read()))
+        facts = json.loads(tar.extractfile(names[2]).read())
+    assert names[:3] == ["0000000.png", "0000000.txt", "0000000.json"] and len(names) == 12
+    assert picture.mode == "RGB" and picture.size == (32, 32)
+    assert facts["thing"] == "disc" and facts["style"] == "3d" and facts["codepoint"] == "1f534"
+    with pytest.raises(ValueError, match="per-picture"):
+        data.build(tmp_path / "c", 32, "common", 0, 7, tmp_path)
