@@ -33,7 +33,7 @@ class CLIPObjective:
         length = min(self.max_length, 2 + max(len(ids) for ids in encoded))
         return torch.tensor([self.tokenizer.pad(ids, length) for ids in encoded])
 
-    def loss(self, batch: CaptionedBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: CaptionedBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         size = self.network.config.vision.image_size
         if batch.pixels.shape[-1] != size:
             raise ValueError(f"data: pictures are {batch.pixels.shape[-1]} px wide, the image tower takes {size}")
@@ -44,7 +44,7 @@ class CLIPObjective:
         truth = torch.arange(len(logits))
         total = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         found = (logits.argmax(dim=1) == truth).float().mean()
-        return total, {"contrastive": float(total), "found": float(found), "scale": float(scale)}
+        return total, {"contrastive": total, "found": found, "scale": scale}
 
 
 def read_captions(text_states: Callable[[list[str]], Tensor], captions: list[str], cache: dict[str, Tensor]) -> Tensor:

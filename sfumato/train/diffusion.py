@@ -43,7 +43,7 @@ class DiffusionObjective:
         self.config = config
         self._cache: dict[str, Tensor] = {}
 
-    def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         shape = batch.mean.shape
         x0 = self.latent_scale * (batch.mean + batch.std * torch.randn(shape, generator=generator))
         noise = torch.randn(shape, generator=generator)
@@ -53,4 +53,4 @@ class DiffusionObjective:
         context = read_captions(self.text_states, captions, self._cache)
         x0, noise = (z.contiguous(memory_format=torch.channels_last) for z in (x0, noise))
         total = self.denoiser.loss(x0, noise, t, context, self.config.min_snr_gamma).mean()
-        return total, {"loss": float(total)}
+        return total, {"loss": total}

@@ -31,7 +31,7 @@ class Objective(Protocol):
     @property
     def network(self) -> nn.Module: ...
 
-    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _train_step(
         loss, figures = objective.loss(batch, generator)
         (loss / config.accumulate).backward()
         for key, value in figures.items():
-            totals[key] = totals.get(key, 0.0) + value / config.accumulate
+            totals[key] = totals.get(key, 0.0) + float(value.detach()) / config.accumulate
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.clip_norm)

@@ -1,0 +1,62 @@
+"""Fixtures that several files share: a tiny family of the box's shape, and a checkpoint of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
+
+import pytest
+import torch
+
+from sfumato.families import BOX, Defaults, Family
+from sfumato.models.autoencoder import AutoencoderConfig
+from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.unet import UNetConfig
+from sfumato.weights.checkpoint import build, save_checkpoint
+
+TINY = replace(
+    BOX,
+    name="tiny",
+    text=CLIPTextConfig(vocab_size=1024, width=16, num_layers=2, num_heads=2),
+    unet=UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        transformer_depth=(1, 1),
+        context_dim=16,
+        num_heads=2,
+        norm_groups=4,
+    ),
+    autoencoder=AutoencoderConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4, norm_groups=4),
+    size=16,
+    defaults=Defaults(steps=4, guidance=3.0, sampler="dpmpp_2m"),
+)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights everywhere, also where a network starts at zero, so that nothing hides."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_family() -> Family:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    parts = {name: randomise(module).state_dict() for name, module in build(TINY).items()}
+    save_checkpoint(path, TINY, parts, torch.float32)
+    return path
