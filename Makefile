@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-test
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m parity
 
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/picture_seconds.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 

@@ -210,7 +210,7 @@ def names_of(label: str, is_animal: bool = False) -> tuple[str, ...]:
     known = COMMON.get(label) or ALIASES.get(label)
     if known:
         return known
-    if label.endswith("o'clock") or label.endswith("-thirty"):
+    if label.endswith(("o'clock", "-thirty")):
         return (f"clock showing {label}",)
     if is_animal and label.endswith(" face"):
         return (label.removesuffix(" face"), label)

@@ -25,7 +25,7 @@ from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIP, CLIPConfig, CLIPText, CLIPVisionConfig
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
-from sfumato.pipeline import Pipeline
+from sfumato.pipeline import Pipeline, box_path
 from sfumato.prompts.encode import encode
 from sfumato.train.autoencoder import AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
@@ -33,6 +33,7 @@ from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
 from sfumato.weights.checkpoint import load_model, place, save_checkpoint
+from sfumato.weights.files import save_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +147,24 @@ def draw_watched(checkpoint: Path, sheet: Path) -> None:
     save_png(sheet, grid(np.concatenate(pictures), columns=8))
 
 
+def unpack(data: Sequence[Path], steps: int) -> None:
+    """Lay out the shipped box as runs at step 0, so that training goes on from it where the runs are gone."""
+    model = load_model(box_path())
+    for run, module in (("autoencoder", model.autoencoder), ("clip", model.text), ("diffusion", model.unet)):
+        path = RUNS / run / "state.safetensors"
+        if path.exists():
+            raise ValueError(f"{path}: a run is there already")
+        state = module.state_dict()
+        tensors = {f"{kind}.{name}": tensor.clone() for kind in ("model", "ema") for name, tensor in state.items()}
+        save_safetensors(path, tensors, {"step": "0", "from": model.hash})
+
+
 STAGES: dict[str, Callable[[Sequence[Path], int], None]] = {
     "autoencoder": train_autoencoder,
     "clip": train_clip,
     "latents": cache_latents,
     "diffusion": train_diffusion,
+    "unpack": unpack,
 }
 
 
@@ -158,13 +172,16 @@ def main() -> None:
     """Command line of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FOLDER")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=0, help="train up to this step")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves, as Ctrl-C does
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    STAGES[args.stage](args.data, args.steps)
+    try:
+        STAGES[args.stage](args.data, args.steps)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def plms(x: Tensor, sigmas: Sequence[float], noise: Noise) -> Steps:
     """Liu et al. 2022 (PNDM) with linear multi-steps of order up to 4 on the noise, as the original PLMS.
 
     The first step is an improved Euler pair, hence n + 1 evaluations; the weights are Adams-Bashforth's for equal
-    steps (eq. 12), which the schedule's sigmas are not, so on the ODE itself the order stays 1 (2 for the pair).
+    steps (eq. 12). On smooth levels that are not equally spaced, as all schedules here, the measured order is 2; on
+    equal steps in sigma it nears 4, less what the starting steps cost.
     """
     past: list[Tensor] = []
     for sigma, sigma_next in pairwise(sigmas):
