@@ -25,13 +25,18 @@ Watch = Callable[[Query, Answer], None]
 
 @dataclass
 class Run:
-    """A sampler at work. `watch` sees each query with its answer; closing `steps` cancels the run."""
+    """A sampler at work. `watch` sees each query with its answer, and may cancel the run: its result stays None."""
 
     steps: Steps
     guidance: Guidance
     watch: Watch | None = None
     query: Query | None = None
     result: Tensor | None = None
+
+    def cancel(self) -> None:
+        """End the run where it stands; the engine asks nothing more for it."""
+        self.steps.close()
+        self.query = None
 
     def advance(self, answer: Answer | None) -> None:
         """Send an answer (None to start) and keep the next query, or the final x."""
@@ -74,13 +79,13 @@ class Engine:
         return self.model.unet(x, t, cond.context, cond.vector)
 
     @torch.inference_mode()
-    def drive(self, runs: Sequence[Run]) -> list[Tensor]:
-        """Advance all runs together to their ends; returns each one's final x."""
+    def drive(self, runs: Sequence[Run]) -> list[Tensor | None]:
+        """Advance all runs together to their ends; returns each one's final x, None where it was cancelled."""
         for run in runs:
             run.advance(None)
         while any(run.query is not None for run in runs):
             self.turn(runs)
-        return [run.result for run in runs if run.result is not None]
+        return [run.result for run in runs]
 
     def turn(self, runs: Sequence[Run]) -> None:
         """Answer the pending query of every run once."""
@@ -92,7 +97,8 @@ class Engine:
             answer = run.guidance.combine(parts)
             if run.watch:
                 run.watch(run.query, answer)
-            run.advance(answer)
+            if run.query is not None:
+                run.advance(answer)
 
     def _answer_rows(self, rows: Iterable[_Row]) -> dict[tuple[int, int], list[Tensor]]:
         """x0 of every row, by (run, cond), pictures in order."""

@@ -84,6 +84,7 @@ class Pipeline:
                 progress(min(total, sum(sigma >= query.sigma for sigma in sigmas)), total)
 
         [latents] = self.engine.drive([txt2img.start(job, self.model, watch)])
+        assert latents is not None, "nobody cancels this run"
         images = to_uint8(txt2img.decode(latents, sigmas[-1], self.model))
         return Result(
             images=images,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def definition(prediction: str, abar: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@settings(deadline=None)
 @given(levels=st.lists(LEVELS, min_size=3, max_size=3))
 def test_the_target_denoises_to_x0(prediction: str, levels: list[float]) -> None:
     sigma = torch.tensor(levels, dtype=torch.float32)
@@ -41,6 +42,7 @@ def test_the_target_denoises_to_x0(prediction: str, levels: list[float]) -> None
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@settings(deadline=None)
 @given(t=TIMESTEPS)
 def test_the_target_is_the_definition(prediction: str, t: list[int]) -> None:
     abar = SCHEDULE.alphas_cumprod[t]
@@ -49,6 +51,7 @@ def test_the_target_is_the_definition(prediction: str, t: list[int]) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@settings(deadline=None)
 @given(t=TIMESTEPS)
 def test_the_loss_of_the_definition_is_0(prediction: str, t: list[int]) -> None:
     abar = SCHEDULE.alphas_cumprod[t]
@@ -82,6 +85,7 @@ def test_the_network_sees_the_same_in_training_and_in_sampling(prediction: str) 
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
+@settings(deadline=None)
 @given(t=TIMESTEPS)
 def test_min_snr_weights_are_those_of_hang_et_al(gamma: float, t: list[int]) -> None:
     """Hang et al. 2023: min(SNR, gamma) / SNR for the noise, / (SNR + 1) for v; SNR = abar / (1 - abar)."""

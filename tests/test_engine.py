@@ -166,7 +166,7 @@ def test_closing_a_run_cancels_it_and_no_other(model: Model) -> None:
     def cancel_after_two(query: Query, answer: Answer) -> None:
         asked.append(query.sigma)
         if len(asked) == 2:
-            cancelled.steps.close()
+            cancelled.cancel()
 
     cancelled = start(replace(JOBS[0], steps=9), model, cancel_after_two)
     going_on = start(JOBS[1], model)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.diffusion.schedule import SCHEDULES, NoiseSchedule, ScheduleConfig, ddim, karras, sampling_sigmas, uniform
@@ -54,11 +54,13 @@ def test_ddim_visits_the_timesteps_of_the_original(n: int) -> None:
         assert len(levels) == n + 1
 
 
+@settings(deadline=None)
 @given(st.floats(0, 999))
 def test_timestep_inverts_sigma(t: float) -> None:
     assert SD1.timestep(SD1.sigma(t)) == pytest.approx(t, abs=1e-7)
 
 
+@settings(deadline=None)
 @given(st.floats(SD1.sigma_min, SD1.sigma_max))
 def test_sigma_inverts_timestep(sigma: float) -> None:
     assert SD1.sigma(SD1.timestep(sigma)) == pytest.approx(sigma, rel=1e-10)

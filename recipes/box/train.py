@@ -129,7 +129,7 @@ def train_diffusion(data: Sequence[Path], steps: int) -> None:
 
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
     objective = DiffusionObjective(network, denoiser, text_states(text), BOX.latent_scale, DiffusionConfig())
-    config = LoopConfig(steps, batch_size=32, lr=6e-4, warmup=300, ema_decay=0.999, save_every=500)
+    config = LoopConfig(steps, batch_size=32, lr=7e-4, warmup=300, decay="cosine", save_every=500)
 
     def on_save(state: State) -> None:
         path = RUNS / "box.safetensors"

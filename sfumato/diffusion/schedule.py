@@ -73,8 +73,8 @@ def ddim(schedule: NoiseSchedule, n: int) -> list[float]:
     total = len(schedule.sigmas)
     if n > total - 1:
         raise ValueError(f"steps={n}: the ddim schedule allows 1 to {total - 1}")
-    timesteps = [min(t + 1, total - 1) for t in range(0, total, total // n)]
-    return [float(schedule.sigmas[t]) for t in reversed(timesteps)] + [schedule.sigma_min]
+    timesteps = {min(t + 1, total - 1) for t in range(0, total, total // n)}
+    return [float(schedule.sigmas[t]) for t in sorted(timesteps, reverse=True)] + [schedule.sigma_min]
 
 
 def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from types import NoneType
 from typing import Any
 
 from sfumato.diffusion.noise import MAX_SEED
@@ -26,8 +27,13 @@ def _require_number(name: str, value: Any, low: float, high: float, whole: bool)
 
 def complete(job: Job, family: Family) -> Job:
     """The job with nothing left open. ValueError names the field, its value and what is allowed."""
-    for field in ("prompt", "negative"):
-        if not isinstance(getattr(job, field), str):
+    for field, kinds in (
+        ("prompt", str),
+        ("negative", str),
+        ("sampler", (str, NoneType)),
+        ("schedule", (str, NoneType)),
+    ):
+        if not isinstance(getattr(job, field), kinds):
             raise ValueError(f"{field}={getattr(job, field)!r}: text is needed")
     sampler = find_sampler(job.sampler or family.defaults.sampler)
     job = replace(

@@ -43,5 +43,8 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, T
 
 def file_hash(path: str | Path) -> str:
     """First 10 hex digits of the file's SHA-256: the model hash that A1111 writes into pictures."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:10]
