@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= a red apple on a white background
+export PROMPT ?= a red apple on a white background
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: picture test lint parity bench clean
 
 picture: $(VENV)/.installed
-	@$(BIN)/sfumato txt2img --prompt "$(PROMPT)" $(ARGS)
+	@$(BIN)/sfumato txt2img --prompt "$$PROMPT" $(ARGS)
 
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest

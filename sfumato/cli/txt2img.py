@@ -108,7 +108,7 @@ def _sampler(args: argparse.Namespace) -> str | None:
 
 
 def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
-    """The jobs of each iteration. A prompt file gives n_samples lines to each, one picture a line."""
+    """The jobs of each iteration: n_samples pictures of the prompt, or one of every line of the prompt file."""
     for name in ("n_iter", "n_samples"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: 1 or more are needed")
