@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-export PROMPT ?= a red apple on a white background
+# Only a PROMPT given to make counts, not the shell's variable of that name, and make reads no $ in it.
+ifneq ($(origin PROMPT),command line)
+PROMPT := a red apple on a white background
+endif
+override PROMPT := $(value PROMPT)
+export PROMPT
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: picture test lint parity bench clean
 
 picture: $(VENV)/.installed
-	@$(BIN)/sfumato txt2img --prompt "$$PROMPT" $(ARGS)
+	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
 
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
@@ -25,7 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/picture_seconds.py
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints-test.txt | $(VENV)/bin/python
 	$(PIP) -c constraints-test.txt -e .

@@ -1,4 +1,8 @@
-"""The original scripts/txt2img.py's command line, flag for flag; the work is done by `sfumato txt2img`."""
+"""The original scripts/txt2img.py's command line, flag for flag; the work is done by `sfumato txt2img`.
+
+Said differences: without --ckpt the model in the box draws, at its own size; picture i has its own generator, seeded
+with seed + i; .ckpt files, --laion400m's among them, cannot be loaded yet; there is no safety checker and no watermark.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
 """Sfumato: a complete Stable Diffusion."""
+
+__version__ = "0.1.0"

@@ -17,8 +17,8 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.guidance import Guidance
 from sfumato.diffusion.samplers import Steps
 from sfumato.diffusion.schedule import NoiseSchedule
+from sfumato.families import Model
 from sfumato.types import Answer, Cond, Query
-from sfumato.weights.checkpoint import Model
 
 Watch = Callable[[Query, Answer], None]
 

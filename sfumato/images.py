@@ -38,14 +38,20 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
-def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None) -> None:
-    """Write (H, W, 3) uint8 beside, then rename; an OSError (full disk, no permission) leaves no half file."""
+def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None, *, new: bool = False) -> None:
+    """Write (H, W, 3) uint8 beside, then rename; an OSError (full disk, no permission) leaves no half file.
+
+    With `new`, a file that is already there is left alone and FileExistsError raised, also where another process
+    made it a moment ago.
+    """
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
+        if new:
+            path.touch(exist_ok=False)  # claims the name
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -54,19 +60,19 @@ def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None
 def load_png(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Pixels (H, W, 3) uint8 and the recipe; ValueError where the file is no picture or carries no recipe."""
     if not path.is_file():
-        raise ValueError(f"picture={str(path)!r}: no such file")
+        raise ValueError(f"picture={str(path)!r}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with Image.open(path) as picture:
             picture.load()
             text = getattr(picture, "text", {}).get(RECIPE_KEY)
             pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture={str(path)!r}: not a readable picture ({error})") from error
     if text is None:
         raise ValueError(f"picture={str(path)!r}: it carries no sfumato recipe")
     try:
         recipe = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({error})") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"picture={str(path)!r}: its recipe is damaged (not an object)")

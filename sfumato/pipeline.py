@@ -6,18 +6,20 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfumato import __version__
 from sfumato.engine import Engine
+from sfumato.families import Model
 from sfumato.images import to_uint8
 from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete
 from sfumato.types import Answer, Job, Query, Result
-from sfumato.weights.checkpoint import Model, load_model
+from sfumato.weights.checkpoint import load_model
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r}: not available here ({str(error).splitlines()[0]})") from error
     return device
 
@@ -94,8 +96,13 @@ class Pipeline:
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
-            engine_version=metadata.version("sfumato"),
+            made_with=made_with(self.model.device),
         )
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """What else than the job decides the last bit of a picture."""
+    return {"sfumato": __version__, "torch": torch.__version__.partition("+")[0], "device": device.type}
 
 
 def recipe(result: Result, index: int) -> dict[str, Any]:
@@ -106,5 +113,5 @@ def recipe(result: Result, index: int) -> dict[str, Any]:
         "seed": result.seeds[index],
         "model": {"name": result.model_name, "hash": result.model_hash},
         "precision": result.precision,
-        "engine": result.engine_version,
+        "made with": result.made_with,
     }

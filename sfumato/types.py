@@ -58,7 +58,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures (B, H, W, 3) uint8 and all that is needed to make them again. `seconds` is wall time of the drawing."""
+    """Pictures (B, H, W, 3) uint8 and all that is needed to make them again. `seconds` is wall time of the drawing.
+
+    `made_with` names versions and device: what else decides the last bit.
+    """
 
     images: np.ndarray
     job: Job
@@ -67,4 +70,4 @@ class Result:
     model_name: str
     model_hash: str
     precision: str
-    engine_version: str
+    made_with: dict[str, str]

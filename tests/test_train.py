@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.schedule import NoiseSchedule
@@ -119,30 +123,55 @@ def test_resuming_equals_never_stopping(tmp_path, accumulate):
     assert [line["loss"] for line in lines] == [line["loss"] for line in straight_lines]
 
 
-def test_interrupt_saves_and_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    objective, calls = diffusion(), []
-    original = objective.loss
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["loss", "zero_grad"])
+def test_a_signal_ends_after_a_whole_step(tmp_path, monkeypatch, number, where):
+    """Also one that comes after the weights have changed and before the step is counted."""
+    with monkeypatch.context() as patch:
+        objective, calls = diffusion(), []
+        owner = objective if where == "loss" else torch.optim.AdamW
+        original = getattr(owner, where)
 
-    def loss(batch, generator):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(batch, generator)
+        def interrupted(*args, **options):
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), number)
+            return original(*args, **options)
 
-    monkeypatch.setattr(objective, "loss", loss)
-    with pytest.raises(KeyboardInterrupt):
-        fit(objective, Latents(), replace(CONFIG, save_every=100), tmp_path)
-    before = (tmp_path / "state.safetensors").read_bytes()
+        patch.setattr(owner, where, interrupted)
+        handler = signal.getsignal(number)
+        with pytest.raises(KeyboardInterrupt):
+            fit(objective, Latents(), replace(CONFIG, save_every=100), tmp_path)
+        assert signal.getsignal(number) is handler
     straight = fit(diffusion(), Latents(), CONFIG, tmp_path / "straight")
     resumed = fit(diffusion(), Latents(), CONFIG, tmp_path)
     assert all(torch.equal(p, resumed.parameters[name]) for name, p in straight.parameters.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
-    (tmp_path / "state.safetensors").write_bytes(before)
-    monkeypatch.setattr("sfumato.weights.files.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    fit(diffusion(), Latents(), replace(CONFIG, steps=2), tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("sfumato.weights.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
         fit(diffusion(), Latents(), CONFIG, tmp_path)
     assert (tmp_path / "state.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*part"))
+
+
+def test_steps_that_were_not_saved_leave_the_log(tmp_path):
+    fit(diffusion(), Latents(), replace(CONFIG, steps=2), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 99}\n')
+    fit(diffusion(), Latents(), replace(CONFIG, steps=4), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[2]["loss"] < 99
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
@@ -275,5 +304,5 @@ def test_clip_tokens_are_padded_to_the_longest_only():
 
 def test_state_saves_only_what_is_trained(tmp_path):
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
-    state = loop.State(network, CONFIG)
-    assert set(state.parameters) == {"0.weight", "0.bias"}
+    loop.State(network, CONFIG).save(tmp_path / "state.safetensors", CONFIG)
+    assert set(ema_weights(tmp_path / "state.safetensors")) == {"0.weight", "0.bias"}

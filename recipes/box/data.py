@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, shade
-from recipes.box.things import COMMON, names_of
+from recipes.box.things import COMMON, CORE, names_of
 
 log = logging.getLogger(__name__)
 
@@ -125,16 +125,17 @@ def read_things(labels: Path) -> list[Thing]:
 
 
 def choose_things(things: list[Thing], which: str, drawn: dict[str, set[str]]) -> list[Thing]:
-    """`all` or `common` things that at least `MIN_STYLES` sets draw; `drawn` is style -> code points."""
-    if which not in ("common", "all"):
-        raise ValueError(f"things: {which!r} is not known; allowed: common, all")
+    """`all`, `common` or `core` things that at least `MIN_STYLES` sets draw; `drawn` is style -> code points."""
+    lists = {"common": set(COMMON), "core": set(CORE)}
+    if which != "all" and which not in lists:
+        raise ValueError(f"things: {which!r} is not known; allowed: {', '.join(lists)}, all")
     kept = [t for t in things if sum(t.codepoint in points for points in drawn.values()) >= MIN_STYLES]
     dropped = [t.label for t in things if t not in kept]
-    if which == "common":
-        kept = [t for t in kept if t.label in COMMON]
-        missing = set(COMMON) - {t.label for t in kept}
+    if which in lists:
+        kept = [t for t in kept if t.label in lists[which]]
+        missing = lists[which] - {t.label for t in kept}
         if missing:
-            raise ValueError(f"things: common labels not found in {LABELS}: {sorted(missing)}")
+            raise ValueError(f"things: {which} labels not found in {LABELS}: {sorted(missing)}")
     elif dropped:
         log.info("left out (fewer than %d styles): %s", MIN_STYLES, ", ".join(dropped))
     return kept
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build captioned pictures from openly licensed emoji art.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
-    parser.add_argument("--things", default="common", help="common or all")
+    parser.add_argument("--things", default="common", help="core, common or all")
     parser.add_argument("--per-picture", type=int, default=48, help="samples of each thing in each style")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/box"), help="folder of the fetched packages")

@@ -145,6 +145,14 @@ COMMON: dict[str, tuple[str, ...]] = {
 }
 
 # Labels of the other things that a person would hardly type.
+# The things of `--things core`, which the diffusion model learns first: plain shapes that differ from one another.
+CORE: tuple[str, ...] = (
+    "cat face", "dog face", "frog", "penguin", "spouting whale", "octopus", "butterfly", "rose", "sunflower",
+    "deciduous tree", "cactus", "mushroom", "red apple", "banana", "strawberry", "hamburger", "pizza", "house",
+    "castle", "automobile", "airplane", "rocket", "sun", "star", "rainbow", "umbrella", "snowman without snow",
+    "soccer ball", "balloon", "guitar", "light bulb", "crown",
+)  # fmt: skip
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "articulated lorry": ("truck", "lorry"),
     "baguette bread": ("baguette",),

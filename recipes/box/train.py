@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,30 @@ WATCHED = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a stage is told: `run` names its folder, `start` the run whose averaged weights a new run begins with."""
+
+    data: Sequence[Path]
+    steps: int
+    run: str
+    start: str | None
+    lr: float
+
+
+def state_path(run: str) -> Path:
+    """The checkpoint of a run."""
+    return RUNS / run / "state.safetensors"
+
+
+def begin(run: str, weights: Mapping[str, Tensor], origin: str) -> None:
+    """A new run at step 0 with these weights; ValueError where there is one."""
+    if state_path(run).exists():
+        raise ValueError(f"{state_path(run)}: a run is there already")
+    tensors = {f"{kind}.{name}": value.clone() for kind in ("model", "ema") for name, value in weights.items()}
+    save_safetensors(state_path(run), tensors, {"step": "0", "from": origin})
+
+
 def new_autoencoder() -> Autoencoder:
     """The box's autoencoder with the random weights that training starts from."""
     network = initialise(Autoencoder(BOX.autoencoder), seed=0)
@@ -59,31 +83,31 @@ def new_autoencoder() -> Autoencoder:
     return network
 
 
-def train_autoencoder(data: Sequence[Path], steps: int) -> None:
+def train_autoencoder(options: Options) -> None:
     """Pictures <-> latents; about 22 dB after 1,000 steps."""
-    config = LoopConfig(steps, batch_size=16, lr=1e-3, decay="cosine", weight_decay=0.0, ema_decay=0.995)
-    fit(AutoencoderObjective(new_autoencoder()), CaptionedShards(data, BOX.size), config, RUNS / "autoencoder")
+    config = LoopConfig(options.steps, batch_size=16, lr=1e-3, decay="cosine", weight_decay=0.0, ema_decay=0.995)
+    fit(AutoencoderObjective(new_autoencoder()), CaptionedShards(options.data, BOX.size), config, RUNS / "autoencoder")
 
 
-def train_clip(data: Sequence[Path], steps: int) -> None:
+def train_clip(options: Options) -> None:
     """Both towers; the text tower is kept."""
     torch.manual_seed(0)
     objective = CLIPObjective(CLIP(CLIP_CONFIG), ClipTokenizer(BOX.text.vocab_size))
-    config = LoopConfig(steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99)
-    fit(objective, CaptionedShards(data, BOX.size), config, RUNS / "clip")
+    config = LoopConfig(options.steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99)
+    fit(objective, CaptionedShards(options.data, BOX.size), config, RUNS / "clip")
 
 
 def trained_autoencoder() -> Autoencoder:
     """The averaged weights of stage one."""
     network = Autoencoder(BOX.autoencoder)
-    network.load_state_dict(ema_weights(RUNS / "autoencoder" / "state.safetensors"))
+    network.load_state_dict(ema_weights(state_path("autoencoder")))
     place(network, CPU, torch.float32)
     return network.eval().requires_grad_(False)
 
 
 def trained_text() -> CLIPText:
     """The averaged text tower of stage two."""
-    weights = ema_weights(RUNS / "clip" / "state.safetensors")
+    weights = ema_weights(state_path("clip"))
     network = CLIPText(BOX.text)
     network.load_state_dict({name: value for name, value in weights.items() if name.startswith("text_model.")})
     return network.eval().requires_grad_(False)
@@ -95,10 +119,10 @@ def latents_path(data: Path) -> Path:
 
 
 @torch.inference_mode()
-def cache_latents(data: Sequence[Path], steps: int) -> None:
+def cache_latents(options: Options) -> None:
     """Encode whole sets once; prints the latents' deviation, whose inverse is the family's latent_scale."""
     network = trained_autoencoder()
-    for folder in data:
+    for folder in options.data:
         shards = CaptionedShards([folder], BOX.size, keep_in_memory=False)
         means, stds = [], []
         for start in tqdm(range(0, len(shards), 64), desc=f"encoding {folder}"):
@@ -117,27 +141,39 @@ def text_states(text: CLIPText) -> Callable[[list[str]], Tensor]:
     return lambda captions: encode(text, tokenizer, captions, BOX.skip_last, BOX.pad_token).context
 
 
-def train_diffusion(data: Sequence[Path], steps: int) -> None:
+def train_diffusion(options: Options) -> None:
     """The U-Net on cached latents; each save also exports a checkpoint and draws the watched prompts."""
     torch.manual_seed(0)
     network = UNet(BOX.unet)
     place(network, CPU, torch.float32)
-    text, autoencoder = trained_text(), trained_autoencoder()
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return network(x, t, context)
 
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
-    objective = DiffusionObjective(network, denoiser, text_states(text), BOX.latent_scale, DiffusionConfig())
-    config = LoopConfig(steps, batch_size=32, lr=7e-4, warmup=300, decay="cosine", save_every=500)
+    objective = DiffusionObjective(network, denoiser, text_states(trained_text()), BOX.latent_scale, DiffusionConfig())
+    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, warmup=300, decay="cosine", save_every=500)
+    if options.start and not state_path(options.run).exists():
+        begin(options.run, ema_weights(state_path(options.start)), options.start)
 
     def on_save(state: State) -> None:
-        path = RUNS / "box.safetensors"
-        parts = {"unet": state.ema, "text": text.state_dict(), "autoencoder": autoencoder.state_dict()}
-        save_checkpoint(path, BOX, parts)
-        draw_watched(path, RUNS / "diffusion" / f"samples-{state.step:06}.png")
+        export_box(RUNS / "box.safetensors", options.run)
+        draw_watched(RUNS / "box.safetensors", RUNS / options.run / f"samples-{state.step:06}.png")
 
-    fit(objective, CachedLatents([latents_path(folder) for folder in data]), config, RUNS / "diffusion", on_save)
+    latents = CachedLatents([latents_path(folder) for folder in options.data])
+    fit(objective, latents, config, RUNS / options.run, on_save)
+
+
+def export_box(path: Path, run: str) -> None:
+    """The runs' averaged weights as one checkpoint of the box family."""
+    unet = ema_weights(state_path(run))
+    parts = {"unet": unet, "text": trained_text().state_dict(), "autoencoder": trained_autoencoder().state_dict()}
+    save_checkpoint(path, BOX, parts)
+
+
+def export(options: Options) -> None:
+    """Put the weights of a diffusion run, with the text tower and the autoencoder, into the package."""
+    export_box(box_path(), options.run)
 
 
 def draw_watched(checkpoint: Path, sheet: Path) -> None:
@@ -147,23 +183,19 @@ def draw_watched(checkpoint: Path, sheet: Path) -> None:
     save_png(sheet, grid(np.concatenate(pictures), columns=8))
 
 
-def unpack(data: Sequence[Path], steps: int) -> None:
+def unpack(options: Options) -> None:
     """Lay out the shipped box as runs at step 0, so that training goes on from it where the runs are gone."""
     model = load_model(box_path())
     for run, module in (("autoencoder", model.autoencoder), ("clip", model.text), ("diffusion", model.unet)):
-        path = RUNS / run / "state.safetensors"
-        if path.exists():
-            raise ValueError(f"{path}: a run is there already")
-        state = module.state_dict()
-        tensors = {f"{kind}.{name}": tensor.clone() for kind in ("model", "ema") for name, tensor in state.items()}
-        save_safetensors(path, tensors, {"step": "0", "from": model.hash})
+        begin(run, module.state_dict(), model.hash)
 
 
-STAGES: dict[str, Callable[[Sequence[Path], int], None]] = {
+STAGES: dict[str, Callable[[Options], None]] = {
     "autoencoder": train_autoencoder,
     "clip": train_clip,
     "latents": cache_latents,
     "diffusion": train_diffusion,
+    "export": export,
     "unpack": unpack,
 }
 
@@ -174,14 +206,22 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=0, help="train up to this step")
+    parser.add_argument("--run", metavar="NAME", help="the run's folder (default: the stage; for export, diffusion)")
+    parser.add_argument("--start", metavar="RUN", help="begin a new diffusion run with that run's averaged weights")
+    parser.add_argument("--lr", type=float, default=7e-4, help="highest learning rate of diffusion (default: 7e-4)")
     args = parser.parse_args()
+    if args.stage in ("autoencoder", "clip", "diffusion") and args.steps < 1:
+        parser.error(f"--steps {args.steps}: say up to which step to train")
+    run = args.run or ("diffusion" if args.stage == "export" else args.stage)
+    options = Options(args.data, args.steps, run, args.start, args.lr)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves, as Ctrl-C does
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     try:
-        STAGES[args.stage](args.data, args.steps)
+        STAGES[args.stage](options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -6,20 +6,27 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
+import torch
+
+from sfumato import __version__
 from sfumato.cli import replay, txt2img
 
 BAD_INPUT, STOPPED = 2, 130
 
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
-    """Run a command; ValueError and OSError become `name: error: ...` and code 2, Ctrl-C code 130."""
+    """Run a command; what a person can mend becomes `name: error: ...` and code 2, Ctrl-C code 130."""
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     try:
         return command(args)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{name}: error: out of memory; a smaller width, height or count needs less", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"{name}: stopped; what was finished is kept", file=sys.stderr)
@@ -29,7 +36,7 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="sfumato", description="Stable Diffusion: pictures from words.")
-    top.add_argument("--version", action="version", version=f"sfumato {metadata.version('sfumato')}")
+    top.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module, summary in (
         ("txt2img", txt2img, "draw pictures from a prompt"),

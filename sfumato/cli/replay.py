@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,7 @@ from sfumato.cli.txt2img import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict
-
-log = logging.getLogger(__name__)
+from sfumato.types import Job
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,40 +21,72 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("picture", metavar="FILE.png", help="a picture that sfumato saved")
     add("--ckpt", metavar="FILE", help="the checkpoint that drew it (default: the model in the box)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
     add("--out", metavar="FILE.png", help="save the new drawing here")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a saved picture says of itself."""
+
+    job: Job
+    index: int
+    model_name: str
+    model_hash: str
+    precision: str
+    made_with: dict[str, str]
+
+
+def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
+    """A recipe from a PNG's JSON; ValueError names the picture and what is wrong."""
+
+    def part(owner: Any, name: str, kind: type[Any]) -> Any:
+        value = owner.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({name}={value!r})")
+        return value
+
+    model, job = part(made, "model", dict), job_from_dict(part(made, "job", dict))
+    count = part(made["job"], "count", int)
+    index = part(made, "index", int)
+    if not 0 <= index < count:
+        raise ValueError(f"picture={str(path)!r}: its recipe is damaged (index {index} of {count})")
+    made_with = {str(key): str(value) for key, value in part(made, "made with", dict).items()}
+    name, digest = part(model, "name", str), part(model, "hash", str)
+    return Recipe(job, index, name, digest, part(made, "precision", str), made_with)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     path = Path(args.picture)
     pixels, made = load_png(path)
-    try:
-        job, index = job_from_dict(made["job"]), int(made["index"])
-        precision, model_hash, model_name = made["precision"], made["model"]["hash"], made["model"]["name"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({error!r})") from error
-    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(precision, precision)
-    pipeline = Pipeline.from_pretrained(args.ckpt, args.device, precision)
-    if pipeline.model.hash != model_hash:
+    old = read_recipe(path, made)
+    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
+    pipeline = Pipeline.from_pretrained(args.ckpt, args.device or old.made_with.get("device"), precision)
+    model = pipeline.model
+    if model.hash != old.model_hash:
         raise ValueError(
-            f"ckpt: {str(path)!r} was drawn by {model_name} ({model_hash}), this is {pipeline.model.name} "
-            f"({pipeline.model.hash}); name the right file with --ckpt"
+            f"ckpt: {str(path)!r} was drawn by {old.model_name} ({old.model_hash}), this is {model.name} "
+            f"({model.hash}); name the right file with --ckpt"
         )
-    if not 0 <= index < job.count:
-        raise ValueError(f"picture={str(path)!r}: its recipe is damaged (index {index} of {job.count})")
-    result = draw_with_bar(pipeline, job)
-    again = result.images[index]
+    result = draw_with_bar(pipeline, old.job)
+    again = result.images[old.index]
     if args.out:
-        save_png(Path(args.out), again, recipe(result, index))
+        save_png(Path(args.out), again, recipe(result, old.index))
         print(args.out)
-    if again.shape != pixels.shape:
-        print(f"different: {again.shape[1]} x {again.shape[0]}, saved {pixels.shape[1]} x {pixels.shape[0]}")
-        return 1
-    difference = np.abs(again.astype(int) - pixels.astype(int))
-    if not difference.any():
+    if again.shape == pixels.shape and np.array_equal(again, pixels):
         print("equal: every pixel")
         return 0
-    changed = int((difference.max(axis=2) > 0).sum())
-    print(f"different: {changed} of {difference[..., 0].size} pixels, by {difference.max()} of 255 at most")
+    print(f"different: {difference(again, pixels)}")
+    for name, now in result.made_with.items():
+        if old.made_with.get(name) != now:
+            print(f"made with {name} {old.made_with.get(name)}, now {now}")
     return 1
+
+
+def difference(new: np.ndarray, old: np.ndarray) -> str:
+    """How two pictures (H, W, 3) uint8 differ, in words."""
+    if new.shape != old.shape:
+        return f"{new.shape[1]} x {new.shape[0]}, saved {old.shape[1]} x {old.shape[0]}"
+    apart = np.abs(new.astype(int) - old.astype(int)).max(axis=2)
+    return f"{np.count_nonzero(apart)} of {apart.size} pixels, by {apart.max()} of 255 at most"

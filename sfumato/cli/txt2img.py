@@ -8,17 +8,19 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sfumato.diffusion.samplers import SAMPLERS
+from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Family
 from sfumato.images import grid, save_png
 from sfumato.pipeline import Pipeline, recipe
-from sfumato.tasks.checks import complete
+from sfumato.tasks.checks import MAX_COUNT, complete
 from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style = SFUMATO) -> None:
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: {own(style.sampler)})")
     add("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default: the sampler's own)")
     add("--plms", action="store_true", help="the same as --sampler plms")
+    add("--dpm_solver", action="store_true", help="the same as --sampler dpmpp_2m --schedule uniform")
     steps_help = f"sampling steps (default: {own(style.steps)})"
     add("--ddim_steps", "--steps", dest="steps", type=int, default=style.steps, metavar="N", help=steps_help)
     add("--ddim_eta", "--eta", dest="eta", type=float, metavar="ETA", help="0 deterministic to 1 (ddim, euler_a)")
@@ -97,32 +100,35 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _sampler(args: argparse.Namespace) -> str | None:
-    if not args.plms:
-        return args.sampler or args.style.sampler
-    if args.sampler not in (None, "plms"):
-        raise ValueError(f"sampler={args.sampler!r}: --plms asks for another")
-    if args.eta:
+def _sampling(args: argparse.Namespace) -> dict[str, str | None]:
+    """Sampler and schedule; --plms and --dpm_solver are the original script's names of two."""
+    wanted = {"plms": args.plms, "dpmpp_2m": args.dpm_solver, args.sampler: args.sampler is not None}
+    names = {find_sampler(name).name for name, given in wanted.items() if given}
+    if len(names) > 1:
+        raise ValueError(f"sampler: one is needed, --plms, --dpm_solver and --sampler ask for {' and '.join(names)}")
+    if args.plms and args.eta:
         raise ValueError(f"ddim_eta={args.eta}: 0 is needed with --plms")
-    return "plms"
+    schedule = args.schedule or ("uniform" if args.dpm_solver else None)
+    return {"sampler": names.pop() if names else args.style.sampler, "schedule": schedule}
 
 
 def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
     """The jobs of each iteration: n_samples pictures of the prompt, or one of every line of the prompt file."""
     for name in ("n_iter", "n_samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}: 1 or more are needed")
+        if not 1 <= getattr(args, name) <= MAX_COUNT:
+            raise ValueError(f"{name}={getattr(args, name)}: 1 to {MAX_COUNT} are allowed")
     if args.n_rows < 0:
         raise ValueError(f"n_rows={args.n_rows}: 0 or more are needed")
     if args.prompt is None and args.from_file is None:
         raise ValueError('prompt: say what to draw with --prompt "..." or --from-file FILE')
     prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
-    common = {name: getattr(args, name) for name in ("negative", "width", "height", "steps", "guidance", "schedule")}
-    common |= {"sampler": _sampler(args), "eta": None if args.plms else args.eta}
+    common = {name: getattr(args, name) for name in ("negative", "width", "height", "steps", "guidance", "eta")}
+    common |= _sampling(args)
     seed = args.seed
     for _ in range(args.n_iter):
         if args.from_file:
-            yield [Job(prompt=line, seed=seed + index, **common) for index, line in enumerate(prompts)]
+            share = args.n_samples if args.fixed_code else len(prompts)  # the original starts every batch alike
+            yield [Job(prompt=line, seed=seed + index % share, **common) for index, line in enumerate(prompts)]
         else:
             yield [Job(prompt=prompts[0], seed=seed, count=args.n_samples, **common)]
         if not args.fixed_code:
@@ -145,7 +151,10 @@ def _next_number(folder: Path, pattern: str) -> int:
 
 
 class Saver:
-    """Writes pictures as samples/00000.png, 00001.png, ... and prints each path."""
+    """Writes pictures as samples/00000.png, 00001.png, ... and prints each path.
+
+    Numbers go on above the highest there is; a name that another process took meanwhile is passed over.
+    """
 
     def __init__(self, outdir: Path) -> None:
         self.outdir, self.samples = outdir, outdir / "samples"
@@ -159,15 +168,20 @@ class Saver:
 
     def picture(self, result: Result, index: int) -> None:
         number = _next_number(self.samples, r"(\d{5,})\.png")
-        path = self.samples / f"{number:05}.png"
-        save_png(path, result.images[index], recipe(result, index))
-        print(path, flush=True)
+        self._save((self.samples / f"{n:05}.png" for n in count(number)), result.images[index], recipe(result, index))
 
     def grid(self, images: np.ndarray, columns: int) -> None:
         number = _next_number(self.outdir, r"grid-(\d{4,})\.png")
-        path = self.outdir / f"grid-{number:04}.png"
-        save_png(path, grid(images, columns))
-        print(path, flush=True)
+        self._save((self.outdir / f"grid-{n:04}.png" for n in count(number)), grid(images, columns), None)
+
+    def _save(self, names: Iterator[Path], image: np.ndarray, made: dict[str, Any] | None) -> None:
+        for path in names:
+            try:
+                save_png(path, image, made, new=True)
+            except FileExistsError:
+                continue
+            print(path, flush=True)
+            return
 
 
 def draw_with_bar(pipeline: Pipeline, job: Job) -> Result:
@@ -198,14 +212,18 @@ def run(args: argparse.Namespace) -> int:
     if not all(job.prompt for jobs in iterations for job in jobs):
         log.info("the prompt is empty: drawing unconditionally")
     images: list[np.ndarray] = []
-    for job in (job for jobs in iterations for job in jobs):
-        result = draw_with_bar(pipeline, job)
-        images.extend(result.images)
-        if not args.skip_save:
-            for index in range(len(result.images)):
-                saver.picture(result, index)
-    if not args.skip_grid and (len(images) > 1 or args.style.always_grid):
-        saver.grid(np.stack(images), args.n_rows or min(args.n_samples, len(images)))
+    try:
+        for job in (job for jobs in iterations for job in jobs):
+            result = draw_with_bar(pipeline, job)
+            if not args.skip_grid:
+                images.extend(result.images)
+            if not args.skip_save:
+                for index in range(len(result.images)):
+                    saver.picture(result, index)
+    finally:  # what is finished is kept, whatever ended it
+        if len(images) > 1 or (images and args.style.always_grid):
+            columns = args.n_rows or (len(iterations[0]) if args.from_file else args.n_samples)
+            saver.grid(np.stack(images), min(columns, len(images)))
     return 0
 
 

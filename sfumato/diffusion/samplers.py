@@ -6,6 +6,7 @@ Letters: sigmas fall and end at the last level (often 0); d = (x - x0) / sigma i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ class Sampler:
     """A registered sampler: its function, the schedule it is used with unless another is asked for, and how x starts.
 
     `start` is "sigma" for x = sigma noise (k-diffusion) or "prior" for sqrt(1 + sigma^2) noise, the unit variance in
-    variance-preserving scale that the original DDIM and PLMS start from.
+    variance-preserving scale that the original DDIM and PLMS start from. `takes_eta` tells whether it has that option.
     """
 
     name: str
     run: Callable[..., Steps]
     schedule: str
     start: str
+    takes_eta: bool
 
     def start_scale(self, sigma: float) -> float:
         return math.sqrt(1 + sigma**2) if self.start == "prior" else sigma
@@ -48,7 +50,8 @@ def sampler(
 
     def register(function: Callable[..., Steps]) -> Callable[..., Steps]:
         name: str = getattr(function, "__name__")  # noqa: B009 - a Callable need not have one, a function has
-        SAMPLERS[name] = Sampler(name, function, schedule, start)
+        takes_eta = "eta" in inspect.signature(function).parameters
+        SAMPLERS[name] = Sampler(name, function, schedule, start, takes_eta)
         _ALIASES.update({_plain(alias): name for alias in (name, *aliases)})
         return function
 

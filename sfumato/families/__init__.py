@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from sfumato.families.box import BOX
 from sfumato.families.family import Defaults, Family
+from sfumato.families.model import Model
 from sfumato.families.sd1 import SD1
 
-__all__ = ["BOX", "FAMILIES", "SD1", "Defaults", "Family", "detect"]
+__all__ = ["BOX", "FAMILIES", "SD1", "Defaults", "Family", "Model", "detect"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, BOX)}
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
@@ -22,8 +23,9 @@ def detect(shapes: Mapping[str, Sequence[int]], header: Mapping[str, str]) -> Fa
     """
     if "sfumato.family" in header:
         return Family.from_json(header["sfumato.family"])
-    if FIRST_CONV not in shapes or ANY_CONTEXT not in shapes:
-        raise ValueError(f"it has no {FIRST_CONV}: not a Stable Diffusion checkpoint in the original layout")
+    for name, rank in ((FIRST_CONV, 4), (ANY_CONTEXT, 2)):
+        if len(shapes.get(name, ())) != rank:
+            raise ValueError(f"it has no {name}: not a checkpoint of a known family ({', '.join(FAMILIES)})")
     found = (shapes[FIRST_CONV][0], shapes[FIRST_CONV][1], shapes[ANY_CONTEXT][1])
     if found == (SD1.unet.channels, SD1.unet.in_channels, SD1.unet.context_dim):
         return SD1

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sfumato.diffusion.denoiser import PREDICTIONS
-from sfumato.diffusion.schedule import ScheduleConfig
+from sfumato.diffusion.samplers import find_sampler
+from sfumato.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
@@ -52,6 +54,12 @@ class Family:
             raise ValueError(f"prediction={self.prediction!r}: one of {', '.join(PREDICTIONS)}")
         if self.unet.context_dim != self.text.width:
             raise ValueError(f"context_dim={self.unet.context_dim}: the text encoder gives {self.text.width}")
+        if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
+            raise ValueError(f"latent_scale={self.latent_scale}: a number above 0 is needed")
+        find_sampler(self.defaults.sampler)
+        NoiseSchedule(self.schedule)
+        if not 0 <= self.skip_last < self.text.num_layers:
+            raise ValueError(f"skip_last={self.skip_last}: 0 to {self.text.num_layers - 1} is allowed")
 
     @property
     def size_step(self) -> int:
@@ -66,19 +74,23 @@ class Family:
         """The inverse of `to_json`; ValueError where a field is missing, unknown or of the wrong kind."""
         try:
             return _build(Family, json.loads(text))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"family: not a family's description ({error})") from error
 
 
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    """A frozen config from plain JSON: nested dataclasses are built, lists become tuples."""
+    """A frozen config from plain JSON: nested dataclasses are built, lists of whole numbers become tuples."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{values!r} for {kind.__name__} is not an object")
     hints = get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             arguments[name] = _build(hint, value)  # type: ignore[arg-type]
-        elif isinstance(value, list):
+        elif get_origin(hint) is tuple:
+            if not isinstance(value, list) or any(type(item) is not int for item in value):
+                raise TypeError(f"{name}={value!r} is not a list of whole numbers")
             arguments[name] = tuple(value)
         elif not isinstance(value, _plain_types(hint)):
             raise TypeError(f"{name}={value!r} is not {hint}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import attend
+from sfumato.models.layers import attend, check_heads
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CLIPConfig:
 class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = check_heads(width, num_heads)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)

@@ -38,9 +38,16 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def check_heads(width: int, num_heads: int) -> int:
+    """The number of heads, if it divides the width; ValueError if not."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads={num_heads}: it must divide the width {width}")
+    return num_heads
+
+
 def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
     """Group normalisation (Wu & He 2018); ValueError where the groups do not divide the channels."""
-    if channels % groups:
+    if groups < 1 or channels % groups:
         raise ValueError(f"norm_groups={groups} must divide the channel count {channels}")
     return nn.GroupNorm(groups, channels, eps=eps, affine=True)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import Upsample, attend, group_norm, timestep_embedding, zero
+from sfumato.models.layers import Upsample, attend, check_heads, group_norm, timestep_embedding, zero
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
 class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = check_heads(dim, num_heads)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)

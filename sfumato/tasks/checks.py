@@ -25,6 +25,13 @@ def _require_number(name: str, value: Any, low: float, high: float, whole: bool)
         raise ValueError(f"{name}={value!r}: {kind} from {low:g} to {high:g} is needed")
 
 
+def _require_unicode(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={text!r}: not Unicode text (character {error.start + 1})") from error
+
+
 def complete(job: Job, family: Family) -> Job:
     """The job with nothing left open. ValueError names the field, its value and what is allowed."""
     for field, kinds in (
@@ -35,6 +42,7 @@ def complete(job: Job, family: Family) -> Job:
     ):
         if not isinstance(getattr(job, field), kinds):
             raise ValueError(f"{field}={getattr(job, field)!r}: text is needed")
+        _require_unicode(field, getattr(job, field) or "")
     sampler = find_sampler(job.sampler or family.defaults.sampler)
     job = replace(
         job,
@@ -55,6 +63,10 @@ def complete(job: Job, family: Family) -> Job:
     _require_number("count", job.count, 1, MAX_COUNT, whole=True)
     if job.eta is not None:
         _require_number("eta", job.eta, 0, 1, whole=False)
+        if not sampler.takes_eta:
+            if job.eta != 0:
+                raise ValueError(f"eta={job.eta}: the sampler {sampler.name} has none")
+            job = replace(job, eta=None)
     if job.schedule not in SCHEDULES:
         raise ValueError(f"schedule={job.schedule!r}: one of {', '.join(SCHEDULES)}")
     return job

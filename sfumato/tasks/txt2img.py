@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,9 @@ from sfumato.diffusion.noise import SeededNoise
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.engine import Run, Watch
+from sfumato.families import Model
 from sfumato.prompts.encode import encode
 from sfumato.types import Job
-from sfumato.weights.checkpoint import Model
 
 
 def seeds_of(job: Job) -> tuple[int, ...]:
@@ -35,8 +33,6 @@ def start(job: Job, model: Model, watch: Watch | None = None) -> Run:
     noise = SeededNoise(seeds_of(job), shape, model.device)
     sigmas = sigmas_of(job, model)
     options = {} if job.eta is None else {"eta": job.eta}
-    if options and "eta" not in inspect.signature(sampler.run).parameters:
-        raise ValueError(f"eta={job.eta}: the sampler {sampler.name} has none")
     x = noise() * sampler.start_scale(sigmas[0])
     scale = float(job.guidance or 0.0)
     texts = [job.prompt] if scale == 1.0 else [job.prompt, job.negative]
@@ -49,8 +45,12 @@ def start(job: Job, model: Model, watch: Watch | None = None) -> Run:
 def decode(latents: Tensor, last_sigma: float, model: Model, max_pictures: int = 4) -> Tensor:
     """Final x (B, C, h, w) at `last_sigma` -> images (B, 3, H, W) about [-1, 1], `max_pictures` at a time.
 
-    A schedule that ends above 0 ends in variance-preserving scale, as the original DDIM does.
+    A schedule that ends above 0 ends in variance-preserving scale, as the original DDIM does. ValueError where a
+    number overflowed or the weights hold none.
     """
     z = latents * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
     z = z.to(model.dtype, memory_format=torch.channels_last)
-    return torch.cat([model.autoencoder.decode(part).float() for part in z.split(max_pictures)])
+    images = torch.cat([model.autoencoder.decode(part).float() for part in z.split(max_pictures)])
+    if not images.isfinite().all():
+        raise ValueError(f"precision={model.precision!r}: the picture is not finite; 'full' may mend it")
+    return images

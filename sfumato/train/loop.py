@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,9 +128,10 @@ def fit(
     folder: str | Path,
     on_save: Callable[[State], None] | None = None,
 ) -> State:
-    """Train to step `config.steps`, from the folder's checkpoint if there is one. Ctrl-C saves first.
+    """Train to step `config.steps`, from the folder's checkpoint if there is one.
 
-    Writes `state.safetensors` and `log.jsonl` in the folder; `on_save` runs after each save (samples, exports).
+    SIGINT (Ctrl-C) and SIGTERM end it after the step in progress: it saves, then raises KeyboardInterrupt. Writes
+    `state.safetensors` and `log.jsonl` in the folder; `on_save` runs after each save (samples, exports).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,10 +141,11 @@ def fit(
     if checkpoint.exists():
         state.load(checkpoint)
         log.info("resumed %s at step %d", folder, state.step)
+        _cut_log(folder / "log.jsonl", state.step)
     generator = torch.Generator()
     began, began_at = time.perf_counter(), state.step
     bar = tqdm(total=config.steps, initial=state.step, desc=folder.name, unit="step", mininterval=5)
-    try:
+    with _polite_stop() as stop, bar:
         while state.step < config.steps:
             figures = _train_step(objective, examples, config, state, generator)
             bar.update()
@@ -150,18 +155,43 @@ def fit(
                 with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
-            if state.step % config.save_every == 0 or state.step == config.steps:
+            if stop or state.step % config.save_every == 0 or state.step == config.steps:
                 state.save(checkpoint, config)
+                if stop:
+                    log.warning("stopped at step %d; the same command goes on from there", state.step)
+                    raise KeyboardInterrupt
                 if on_save:
                     on_save(state)
                     network.train()
-    except KeyboardInterrupt:
-        state.save(checkpoint, config)
-        log.warning("stopped at step %d; the same command goes on from there", state.step)
-        raise
-    finally:
-        bar.close()
     return state
+
+
+@contextmanager
+def _polite_stop() -> Iterator[list[int]]:
+    """A list that is empty until a signal asks to stop, so that no step is ever cut in two. A second signal raises."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop lines of steps that were done but not saved: they will be done again."""
+    if path.exists():
+        lines = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def _train_step(

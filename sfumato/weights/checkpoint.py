@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.families import Family, detect
+from sfumato.families import Family, Model, detect
 from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIPText
 from sfumato.models.tokenizer import ClipTokenizer
@@ -35,25 +34,6 @@ IGNORED_NAMES = {
     "sqrt_recipm1_alphas_cumprod", "cond_stage_model.transformer.text_model.embeddings.position_ids",
 }  # fmt: skip
 IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A family's loaded networks. Data; `precision` names the dtype that the networks compute in."""
-
-    family: Family
-    text: CLIPText
-    unet: UNet
-    autoencoder: Autoencoder
-    tokenizer: ClipTokenizer
-    device: torch.device
-    dtype: torch.dtype
-    name: str
-    hash: str
-
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
 
 def build(family: Family) -> dict[str, nn.Module]:
@@ -83,6 +63,8 @@ def split(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> dict
             shape = tuple(tensors[full].shape)
             if shape != tuple(expected.shape):
                 raise ValueError(f"the tensor {full} has shape {shape}, expected {tuple(expected.shape)}")
+            if not tensors[full].is_floating_point():
+                raise ValueError(f"the tensor {full} is {tensors[full].dtype}: floating point is needed")
             used[part][name] = tensors[full]
             rest.discard(full)
     if rest:
@@ -100,6 +82,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
             parts = build(family)
         for part, state in split(tensors, parts).items():
             parts[part].load_state_dict(state, strict=True, assign=True)
+        tokenizer = ClipTokenizer(family.text.vocab_size)
     except ValueError as error:
         raise ValueError(f"ckpt={str(path)!r}: {error}") from error
     ignored = sum(map(_rightly_unused, tensors))
@@ -111,7 +94,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         text=parts["text"],  # type: ignore[arg-type]
         unet=parts["unet"],  # type: ignore[arg-type]
         autoencoder=parts["autoencoder"],  # type: ignore[arg-type]
-        tokenizer=ClipTokenizer(family.text.vocab_size),
+        tokenizer=tokenizer,
         device=device,
         dtype=dtype,
         name=path.stem,

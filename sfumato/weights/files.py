@@ -22,7 +22,11 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside), dict(metadata))
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
+    except SafetensorError as error:  # what a full disk raises
+        raise OSError(f"{path}: not written ({error})") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -31,7 +35,7 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, T
     """All tensors and the header's metadata; ValueError, naming the file, where it is missing or not safetensors."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"ckpt={str(path)!r}: no such file")
+        raise ValueError(f"ckpt={str(path)!r}: {'a folder' if path.is_dir() else 'no such file'}")
     if path.suffix != ".safetensors":
         raise ValueError(f"ckpt={str(path)!r}: only .safetensors files can be loaded")
     try:
