@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sfumato.diffusion.denoiser import Denoiser
@@ -30,7 +30,7 @@ from sfumato.prompts.encode import encode
 from sfumato.train.autoencoder import AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
 from sfumato.train.data import CachedLatents, CaptionedShards
-from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective
+from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
 from sfumato.weights.checkpoint import load_model, place, save_checkpoint
 from sfumato.weights.files import save_safetensors
@@ -61,6 +61,7 @@ class Options:
     run: str
     start: str | None
     lr: float
+    train_text: bool
 
 
 def state_path(run: str) -> Path:
@@ -135,26 +136,29 @@ def cache_latents(options: Options) -> None:
         log.info("%s: deviation %.4f, latent_scale %.5f", folder, deviation, 1 / deviation)
 
 
-def text_states(text: CLIPText) -> Callable[[list[str]], Tensor]:
-    """Captions -> (B, 77, D) by the frozen text tower."""
-    tokenizer = ClipTokenizer(BOX.text.vocab_size)
-    return lambda captions: encode(text, tokenizer, captions, BOX.skip_last, BOX.pad_token).context
-
-
 def train_diffusion(options: Options) -> None:
-    """The U-Net on cached latents; each save also exports a checkpoint and draws the watched prompts."""
+    """The U-Net on cached latents, and the text tower with it where asked; each save also draws the watched prompts."""
     torch.manual_seed(0)
-    network = UNet(BOX.unet)
-    place(network, CPU, torch.float32)
+    unet, text, tokenizer = UNet(BOX.unet), trained_text(), ClipTokenizer(BOX.text.vocab_size)
+    place(unet, CPU, torch.float32)
+    parts: dict[str, nn.Module] = {"unet": unet}
+
+    def states(captions: list[str]) -> Tensor:
+        return encode(text, tokenizer, captions, BOX.skip_last, BOX.pad_token).context
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return network(x, t, context)
+        return unet(x, t, context)
 
+    if options.train_text:
+        parts["text"] = text.requires_grad_(True)
+    network = nn.ModuleDict(parts)
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
-    objective = DiffusionObjective(network, denoiser, text_states(trained_text()), BOX.latent_scale, DiffusionConfig())
-    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, warmup=300, decay="cosine", save_every=500)
+    context = states if options.train_text else frozen(states)
+    objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig())
+    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, decay="cosine", save_every=500)
     if options.start and not state_path(options.run).exists():
-        begin(options.run, ema_weights(state_path(options.start)), options.start)
+        weights = network.state_dict() | ema_weights(state_path(options.start))
+        begin(options.run, weights, options.start)
 
     def on_save(state: State) -> None:
         export_box(RUNS / "box.safetensors", options.run)
@@ -164,10 +168,16 @@ def train_diffusion(options: Options) -> None:
     fit(objective, latents, config, RUNS / options.run, on_save)
 
 
+def part_of(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors under a part's name, without it."""
+    return {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
+
+
 def export_box(path: Path, run: str) -> None:
     """The runs' averaged weights as one checkpoint of the box family."""
-    unet = ema_weights(state_path(run))
-    parts = {"unet": unet, "text": trained_text().state_dict(), "autoencoder": trained_autoencoder().state_dict()}
+    weights = ema_weights(state_path(run))
+    text = part_of(weights, "text") or trained_text().state_dict()
+    parts = {"unet": part_of(weights, "unet"), "text": text, "autoencoder": trained_autoencoder().state_dict()}
     save_checkpoint(path, BOX, parts)
 
 
@@ -186,8 +196,9 @@ def draw_watched(checkpoint: Path, sheet: Path) -> None:
 def unpack(options: Options) -> None:
     """Lay out the shipped box as runs at step 0, so that training goes on from it where the runs are gone."""
     model = load_model(box_path())
-    for run, module in (("autoencoder", model.autoencoder), ("clip", model.text), ("diffusion", model.unet)):
-        begin(run, module.state_dict(), model.hash)
+    begin("autoencoder", model.autoencoder.state_dict(), model.hash)
+    begin("clip", model.text.state_dict(), model.hash)
+    begin("diffusion", nn.ModuleDict({"unet": model.unet}).state_dict(), model.hash)
 
 
 STAGES: dict[str, Callable[[Options], None]] = {
@@ -209,11 +220,12 @@ def main() -> None:
     parser.add_argument("--run", metavar="NAME", help="the run's folder (default: the stage; for export, diffusion)")
     parser.add_argument("--start", metavar="RUN", help="begin a new diffusion run with that run's averaged weights")
     parser.add_argument("--lr", type=float, default=7e-4, help="highest learning rate of diffusion (default: 7e-4)")
+    parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
     if args.stage in ("autoencoder", "clip", "diffusion") and args.steps < 1:
         parser.error(f"--steps {args.steps}: say up to which step to train")
     run = args.run or ("diffusion" if args.stage == "export" else args.stage)
-    options = Options(args.data, args.steps, run, args.start, args.lr)
+    options = Options(args.data, args.steps, run, args.start, args.lr, args.train_text)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     try:

@@ -35,9 +35,11 @@ def encode(
     skip_last: int = 0,
     pad: int | None = None,
 ) -> Cond:
-    """One row of context (L, D) for each text, on the text encoder's device and in its dtype."""
+    """One row of context (L, D) for each text, on the text encoder's device and in its dtype.
+
+    Gradients reach the text encoder where the caller allows them.
+    """
     device = text_encoder.text_model.final_layer_norm.weight.device
     length = text_encoder.config.max_length
     ids = torch.tensor([token_ids(tokenizer, text, length, pad) for text in texts], device=device)
-    with torch.inference_mode():
-        return Cond(context=text_encoder(ids, skip_last=skip_last))
+    return Cond(context=text_encoder(ids, skip_last=skip_last))

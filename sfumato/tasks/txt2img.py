@@ -25,6 +25,7 @@ def sigmas_of(job: Job, model: Model) -> list[float]:
     return sampling_sigmas(str(job.schedule), NoiseSchedule(model.family.schedule), int(job.steps or 1))
 
 
+@torch.inference_mode()
 def start(job: Job, model: Model, watch: Watch | None = None) -> Run:
     """The run of a complete job, not yet begun; its result is x at the last noise level."""
     family, sampler = model.family, find_sampler(str(job.sampler))

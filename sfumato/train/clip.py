@@ -6,7 +6,6 @@ The text tower that this trains is afterwards frozen and conditions the diffusio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +44,3 @@ class CLIPObjective:
         total = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         found = (logits.argmax(dim=1) == truth).float().mean()
         return total, {"contrastive": total, "found": found, "scale": scale}
-
-
-def read_captions(text_states: Callable[[list[str]], Tensor], captions: list[str], cache: dict[str, Tensor]) -> Tensor:
-    """States of captions (B, 77, D) in float32 from a frozen text encoder, each distinct caption computed once.
-
-    `cache` grows by one fp16 entry a caption; the caller owns it.
-    """
-    missing = [caption for caption in dict.fromkeys(captions) if caption not in cache]
-    if missing:
-        with torch.no_grad():
-            for caption, states in zip(missing, text_states(missing), strict=True):
-                cache[caption] = states.half()
-    return torch.stack([cache[caption] for caption in captions]).float()

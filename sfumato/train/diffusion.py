@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.train.clip import read_captions
 from sfumato.train.data import LatentBatch
 
 
@@ -25,23 +24,42 @@ class DiffusionConfig:
     min_snr_gamma: float | None = None
 
 
+Context = Callable[[list[str]], Tensor]
+
+
+def frozen(text_states: Context) -> Context:
+    """A text encoder that is not trained: each distinct caption is computed once and kept, in fp16."""
+    kept: dict[str, Tensor] = {}
+
+    def context(captions: list[str]) -> Tensor:
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in kept]
+        if missing:
+            with torch.no_grad():
+                kept.update(zip(missing, text_states(missing).half(), strict=True))
+        return torch.stack([kept[caption] for caption in captions]).float()
+
+    return context
+
+
 class DiffusionObjective:
-    """`denoiser` wraps `network`; `text_states` is the frozen text encoder, captions -> (B, 77, D)."""
+    """`network` holds what is trained, `denoiser` wraps its U-Net; `context` maps captions to (B, 77, D).
+
+    Give a `frozen` context where the text encoder stays as it is; a live one lets gradients reach it.
+    """
 
     def __init__(
         self,
         network: nn.Module,
         denoiser: Denoiser[Tensor],
-        text_states: Callable[[list[str]], Tensor],
+        context: Context,
         latent_scale: float,
         config: DiffusionConfig,
     ) -> None:
         self.network = network
         self.denoiser = denoiser
-        self.text_states = text_states
+        self.context = context
         self.latent_scale = latent_scale
         self.config = config
-        self._cache: dict[str, Tensor] = {}
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         shape = batch.mean.shape
@@ -50,7 +68,7 @@ class DiffusionObjective:
         t = torch.randint(len(self.denoiser.schedule.sigmas), (shape[0],), generator=generator)
         drop = torch.rand(shape[0], generator=generator) < self.config.caption_drop_prob
         captions = ["" if dropped else caption for caption, dropped in zip(batch.captions, drop, strict=True)]
-        context = read_captions(self.text_states, captions, self._cache)
+        context = self.context(captions)
         x0, noise = (z.contiguous(memory_format=torch.channels_last) for z in (x0, noise))
         total = self.denoiser.loss(x0, noise, t, context, self.config.min_snr_gamma).mean()
         return total, {"loss": total}
