@@ -25,7 +25,8 @@ def detect(shapes: Mapping[str, Sequence[int]], header: Mapping[str, str]) -> Fa
         return Family.from_json(header["sfumato.family"])
     for name, rank in ((FIRST_CONV, 4), (ANY_CONTEXT, 2)):
         if len(shapes.get(name, ())) != rank:
-            raise ValueError(f"it has no {name}: not a Stable Diffusion checkpoint of a known family ({', '.join(FAMILIES)})")
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"it has no {name}: not a Stable Diffusion checkpoint of a known family ({known})")
     found = (shapes[FIRST_CONV][0], shapes[FIRST_CONV][1], shapes[ANY_CONTEXT][1])
     if found == (SD1.unet.channels, SD1.unet.in_channels, SD1.unet.context_dim):
         return SD1
