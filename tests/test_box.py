@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -40,6 +43,13 @@ def test_the_file_is_small_half_precision_and_describes_itself():
         assert {file.get_slice(name).get_dtype() for name in names} == {"F16"}
     prefixes = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model.")
     assert all(name.startswith(prefixes) for name in names)
+
+
+def test_loading_does_not_load_torchs_compiler():
+    """It takes two seconds, and a picture takes four."""
+    code = "import sys; from sfumato.pipeline import Pipeline; Pipeline.from_pretrained(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch._dynamo" not in done.stdout.split()
 
 
 def test_backgrounds_follow_the_prompt(pipe):

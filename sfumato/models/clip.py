@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import attend, check_heads
+from sfumato.models.layers import Embedding, attend, check_heads
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class TransformerEncoder(nn.Module):
 class TextEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.position_embedding = Embedding(config.max_length, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -141,7 +141,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.width)
+        self.position_embedding = Embedding((config.image_size // config.patch_size) ** 2 + 1, config.width)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
