@@ -1,7 +1,8 @@
-"""The engine drives samplers: it collects the pending queries of many runs and answers them in shared network calls.
+"""The engine drives samplers: it collects what many runs ask and answers it in shared network calls.
 
 A run is one job's coroutine with its guidance. Runs may differ in sampler, step, guidance and prompt; rows that need
-the same model at the same latent size go into one call. Owns batching; knows no tasks, prompts or files.
+the same model in the same state at the same latent size go into one call. A run that fails ends alone. Owns batching;
+knows no tasks, prompts or files.
 """
 
 from __future__ import annotations
@@ -9,57 +10,103 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.guidance import Guidance
+from sfumato.diffusion.guidance import Ask, Guidance, Moment, Reply, moment
 from sfumato.diffusion.samplers import Steps
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
-from sfumato.types import Answer, Cond, Query
+from sfumato.types import Answer, Cond, NetState, Query
 
 Watch = Callable[[Query, Answer], None]
 
 
 @dataclass
 class Run:
-    """A sampler at work. `watch` sees each query with its answer, and may cancel the run: its result stays None."""
+    """A sampler at work on `sigmas`. `watch` sees each query with its answer, and may cancel the run.
+
+    What is pending is `query`, at the moment `at`, for which its guidance has `asked`. In the end there is a `result`,
+    or the `error` that it failed with, or neither where it was cancelled.
+    """
 
     steps: Steps
     guidance: Guidance
+    sigmas: Sequence[float]
     watch: Watch | None = None
     query: Query | None = None
+    at: Moment | None = None
+    asked: Ask | None = None
     result: Tensor | None = None
+    error: Exception | None = None
 
     def cancel(self) -> None:
         """End the run where it stands; the engine asks nothing more for it."""
         self.steps.close()
-        self.query = None
+        self.query = self.asked = None
+
+    def fail(self, error: Exception) -> None:
+        """End the run with an error; of several the first is kept."""
+        self.error = self.error or error
+        self.cancel()
 
     def advance(self, answer: Answer | None) -> None:
-        """Send an answer (None to start) and keep the next query, or the final x."""
+        """Send an answer (None to start) and keep the next query, or the final x. An error ends the run."""
+        self.query = self.asked = None
         try:
             self.query = self.steps.send(answer)  # type: ignore[arg-type]
+            self.at = moment(self.query, self.sigmas)
+            self.asked = Ask(self.query.x, self.guidance.rows(self.at), partial(self.guidance.combine, self.at))
         except StopIteration as stop:
-            self.query, self.result = None, stop.value
+            self.result = stop.value
+        except Exception as error:  # whatever it is, other runs go on
+            self.fail(error)
+
+    def settle(self, replies: Sequence[Reply]) -> None:
+        """Take the replies to what was asked: ask once more, or go on with the answer. An error ends the run."""
+        assert self.query is not None and self.asked is not None
+        try:
+            found = self.asked.then(replies)
+            if isinstance(found, Ask):
+                self.asked = found
+                return
+            if self.watch:
+                self.watch(self.query, found)
+        except Exception as error:
+            self.fail(error)
+            return
+        if self.query is not None:  # not cancelled
+            self.advance(found)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a network call: its run, the place of its cond in the run's guidance, and the picture's index."""
+    """One row of a network call: its run, the place of its cond in what was asked, and one picture's x."""
 
     run: int
-    cond: int
+    place: int
     x: Tensor
     sigma: float
     context: Tensor
     vector: Tensor | None
+    concat: Tensor | None
+    state: NetState | None
 
     @property
     def key(self) -> Hashable:
-        return self.x.shape, self.context.shape, None if self.vector is None else self.vector.shape
+        parts = (self.x, self.context, self.vector, self.concat)
+        return self.state, *(None if part is None else part.shape for part in parts)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What one network call is told, and where it leaves the attention map that its state probes."""
+
+    cond: Cond
+    maps: list[Tensor]
 
 
 class Engine:
@@ -70,59 +117,107 @@ class Engine:
             raise ValueError(f"max_rows={max_rows}: 1 or more are needed")
         self.model = model
         self.max_rows = max_rows
-        self.denoiser: Denoiser[Cond] = Denoiser(
+        self.denoiser: Denoiser[_Told] = Denoiser(
             self._network, NoiseSchedule(model.family.schedule), model.family.prediction
         )
 
-    def _network(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _network(self, x: Tensor, t: Tensor, told: _Told) -> Tensor:
+        cond = told.cond
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat.to(x)], dim=1)
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        return self.model.unet(x, t, cond.context, cond.vector)
+        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps)
 
     @torch.inference_mode()
     def drive(self, runs: Sequence[Run]) -> list[Tensor | None]:
-        """Advance all runs together to their ends; returns each one's final x, None where it was cancelled."""
+        """Advance all runs together to their ends; returns each one's final x, None where it was cancelled.
+
+        Raises the first run's error of those that failed, once the others have ended; their results stand in them.
+        """
         for run in runs:
             run.advance(None)
         while any(run.query is not None for run in runs):
             self.turn(runs)
+        for run in runs:
+            if run.error is not None:
+                raise run.error
         return [run.result for run in runs]
 
     def turn(self, runs: Sequence[Run]) -> None:
-        """Answer the pending query of every run once."""
-        x0s = self._answer_rows(_rows(runs))
+        """Answer what every run asks, once. A run that fails has its `error` and ends; the others go on."""
+        replies = self._replies(runs)
         for index, run in enumerate(runs):
-            if run.query is None:
-                continue
-            parts = [torch.stack(x0s[index, place]) for place in range(len(run.guidance.conds))]
-            answer = run.guidance.combine(parts)
-            if run.watch:
-                run.watch(run.query, answer)
-            if run.query is not None:
-                run.advance(answer)
+            if run.asked is not None:
+                run.settle([replies[index, place] for place in range(len(run.asked.rows))])
 
-    def _answer_rows(self, rows: Iterable[_Row]) -> dict[tuple[int, int], list[Tensor]]:
-        """x0 of every row, by (run, cond), pictures in order."""
+    def _replies(self, runs: Sequence[Run]) -> dict[tuple[int, int], Reply]:
+        """The reply to every row asked, by (run, place); runs whose call failed or was not finite have ended."""
         alike: dict[Hashable, list[_Row]] = defaultdict(list)
-        for row in rows:
+        for row in _rows(runs):
             alike[row.key].append(row)
-        answers: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        found: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
+        answered: list[_Row] = []
+        finite: list[Tensor] = []
         for group in alike.values():
             for start in range(0, len(group), self.max_rows):
                 part = group[start : start + self.max_rows]
-                vectors = [row.vector for row in part if row.vector is not None]
-                cond = Cond(torch.stack([row.context for row in part]), torch.stack(vectors) if vectors else None)
-                x0 = self.denoiser(torch.stack([row.x for row in part]), [row.sigma for row in part], cond)
-                for row, answer in zip(part, x0, strict=True):
-                    answers[row.run, row.cond].append(answer)
-        return answers
+                try:
+                    x0, attention = self._call(part)
+                except Exception as error:
+                    for index in {row.run for row in part}:
+                        runs[index].fail(error)
+                    continue
+                answered += part
+                finite.append(x0.isfinite().flatten(1).all(dim=1))
+                for place, row in enumerate(part):
+                    found[row.run, row.place].append((x0[place], None if attention is None else attention[place]))
+        for row, good in zip(answered, torch.cat(finite).tolist() if finite else [], strict=True):
+            if not good:
+                runs[row.run].fail(self._not_finite(runs[row.run]))
+        return {key: _reply(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
+
+    def _call(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
+        """x0 of rows alike, and the attention map that their state probes."""
+        cond = Cond(
+            torch.stack([row.context for row in rows]),
+            _stack([row.vector for row in rows]),
+            _stack([row.concat for row in rows]),
+            rows[0].state,
+        )
+        told = _Told(cond, [])
+        x0 = self.denoiser(torch.stack([row.x for row in rows]), [row.sigma for row in rows], told)
+        return x0, told.maps[0] if told.maps else None
+
+    def _not_finite(self, run: Run) -> ValueError:
+        assert run.at is not None
+        where = f"step {run.at.step + 1} of {max(1, len(run.sigmas) - 1)} (sigma {run.at.sigma:.3g})"
+        full = self.model.dtype == torch.float32
+        mend = "x or the weights are not, or are too large" if full else "'full' may mend it"
+        return ValueError(f"precision={self.model.precision!r}: the network's answer is not finite at {where}; {mend}")
 
 
 def _rows(runs: Sequence[Run]) -> Iterable[_Row]:
     for index, run in enumerate(runs):
-        if run.query is None:
+        if run.query is None or run.asked is None:
             continue
-        for place, cond in enumerate(run.guidance.conds):
-            for picture, x in enumerate(run.query.x):
-                one = 0 if len(cond.context) == 1 else picture  # a single row of cond serves every picture
-                vector = None if cond.vector is None else cond.vector[one]
-                yield _Row(index, place, x, run.query.sigma, cond.context[one], vector)
+        for place, cond in enumerate(run.asked.rows):
+            for picture, x in enumerate(run.asked.x):
+                context = cond.context[0 if len(cond.context) == 1 else picture]
+                vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
+                yield _Row(index, place, x, run.query.sigma, context, vector, concat, cond.state)
+
+
+def _row_of(part: Tensor | None, picture: int) -> Tensor | None:
+    """A picture's own row; a single row serves every picture."""
+    return None if part is None else part[0 if len(part) == 1 else picture]
+
+
+def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Rows alike -> one tensor; None where they are None."""
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there else None
+
+
+def _reply(pictures: Sequence[tuple[Tensor, Tensor | None]]) -> Reply:
+    """What was answered for each picture, as one."""
+    return Reply(torch.stack([x0 for x0, _ in pictures]), _stack([attention for _, attention in pictures]))

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato import __version__
-from sfumato.engine import Engine
-from sfumato.families import Model
+from sfumato.engine import Engine, Run, Watch
+from sfumato.families import Family, Model, find_family
 from sfumato.images import to_uint8
+from sfumato.tasks import hires as second_pass
 from sfumato.tasks import txt2img
-from sfumato.tasks.checks import complete
-from sfumato.types import Answer, Job, Query, Result
+from sfumato.tasks.checks import complete, job_to_dict
+from sfumato.tasks.decoding import decode
+from sfumato.types import Answer, Hires, Job, Query, Result
 from sfumato.weights.checkpoint import load_model
+from sfumato.weights.hub import resolve
+from sfumato.weights.placing import place
 
 log = logging.getLogger(__name__)
 
@@ -55,49 +61,150 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-class Pipeline:
-    """A loaded model ready to draw. Holds no state between calls."""
+def moved(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model on another device, in another precision. Its networks move: the model given is of no use after."""
+    for network in model.networks.values():
+        place(network, device, dtype)
+    return replace(model, device=device, dtype=dtype)
 
-    def __init__(self, model: Model, max_rows: int = 32) -> None:
+
+class Pipeline:
+    """A loaded model ready to draw. Holds no state between calls. `tile` is the side of decoded tiles in pixels."""
+
+    def __init__(self, model: Model, max_rows: int = 32, tile: int | None = None) -> None:
         self.model = model
+        self.tile = tile
         self.engine = Engine(model, max_rows)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, device: str | None = None, precision: str = "autocast"
+        cls,
+        path_or_id: str | Path | None = None,
+        device: str | None = None,
+        precision: str = "autocast",
+        *,
+        family: str | Family | None = None,
+        use_ema: bool = False,
+        vae: str | Path | None = None,
+        variant: str | None = None,
     ) -> Pipeline:
-        """Load a single-file checkpoint, or the model in the box where `path` is None."""
-        place = choose_device(device)
-        return cls(load_model(box_path() if path is None else path, place, choose_dtype(precision, place)))
+        """Load a single file, a diffusers folder, or a model of the Hugging Face hub ("owner/name"); None is the box.
+
+        `family` overrides what is detected, `use_ema` takes the averaged U-Net, `vae` is a file, folder or hub name
+        to take the autoencoder from, `variant` names a folder's files ("fp16").
+        """
+        chosen = choose_device(device)
+        dtype = choose_dtype(precision, chosen)
+        path = box_path() if path_or_id is None else resolve(path_or_id, variant=variant)
+        return cls(
+            load_model(
+                path,
+                chosen,
+                dtype,
+                family=find_family(family) if isinstance(family, str) else family,
+                use_ema=use_ema,
+                vae=None if vae is None else resolve(vae, variant=variant, field="vae"),
+                variant=variant,
+            )
+        )
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+        """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""
+        there = self.model.device if device is None else choose_device(str(device))
+        then = self.model.dtype if dtype is None else dtype
+        if (there, then) != (self.model.device, self.model.dtype):
+            self.model = moved(self.model, there, then)
+            self.engine = Engine(self.model, self.engine.max_rows)
+        return self
 
     def __call__(self, prompt: str = "", progress: Progress | None = None, **fields: Any) -> Result:
         """Draw `prompt`; further keyword arguments are fields of Job."""
         return self.draw(Job(prompt=prompt, **fields), progress)
 
     def draw(self, job: Job, progress: Progress | None = None) -> Result:
-        """Draw a job. `progress(done, total)` is called after each network call with noise levels done."""
+        """Draw a job. `progress(done, total)` is called after each network call with steps done, of both passes."""
+        return self.draw_many([job], progress)[0]
+
+    def draw_many(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Result]:
+        """Draw jobs together, their rows in shared network calls. `progress` counts the steps of all pictures."""
         began = time.perf_counter()
-        job = complete(job, self.model.family)
-        sigmas = txt2img.sigmas_of(job, self.model)
-        total = len(sigmas) - 1
+        jobs = [complete(job, self.model.family) for job in jobs]
+        bar = _Bar(jobs, self.model, progress)
+        latents, sigmas = self._first_pass(jobs, bar)
+        for index, job in enumerate(jobs):
+            if job.hires is not None:
+                latents[index], sigmas[index] = self._second_pass(job, job.hires, latents[index], sigmas[index], bar)
+        images = [
+            to_uint8(decode(x, last, self.model, tile=self.tile)) for x, last in zip(latents, sigmas, strict=True)
+        ]
+        seconds = time.perf_counter() - began
+        return [self._result(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
 
-        def watch(query: Query, answer: Answer) -> None:
-            if progress:
-                progress(min(total, sum(sigma >= query.sigma for sigma in sigmas)), total)
+    def _first_pass(self, jobs: Sequence[Job], bar: _Bar) -> tuple[list[Tensor], list[float]]:
+        """Each job's latents (B, C, h, w) and the noise level that they are left at."""
+        groups = [txt2img.starts(job, self.model) for job in jobs]
+        self.engine.drive(bar.follow([run for group in groups for run in group]))
+        latents = [torch.cat([_result_of(run) for run in group]) for group in groups]
+        return latents, [group[0].sigmas[-1] for group in groups]
 
-        [latents] = self.engine.drive([txt2img.start(job, self.model, watch)])
-        assert latents is not None, "nobody cancels this run"
-        images = to_uint8(txt2img.decode(latents, sigmas[-1], self.model))
+    def _second_pass(self, job: Job, hires: Hires, latents: Tensor, last: float, bar: _Bar) -> tuple[Tensor, float]:
+        """The same after the pass over the larger picture."""
+        second = complete(second_pass.second_job(job, hires, self.model), self.model.family)
+        clean = second_pass.larger(latents, last, second, self.model, hires, self.tile)
+        if hires.strength == 0:
+            return clean, 0.0
+        runs = second_pass.start(clean, second, self.model, second_pass.wanted_steps(job, hires))
+        self.engine.drive(bar.follow(runs))
+        return torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]
+
+    def _result(self, job: Job, images: np.ndarray, seconds: float) -> Result:
         return Result(
             images=images,
             job=job,
             seeds=txt2img.seeds_of(job),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
             made_with=made_with(self.model.device),
         )
+
+
+def _result_of(run: Run) -> Tensor:
+    assert run.result is not None, "nobody cancels these runs"
+    return run.result
+
+
+class _Bar:
+    """Counts the steps that runs have left behind, each for as many pictures as the run has."""
+
+    def __init__(self, jobs: Sequence[Job], model: Model, progress: Progress | None) -> None:
+        self.progress, self.done = progress, 0
+        self.total = sum(job.count * self._steps(job, model) for job in jobs)
+
+    def _steps(self, job: Job, model: Model) -> int:
+        second = 0 if job.hires is None or job.hires.strength == 0 else second_pass.wanted_steps(job, job.hires)
+        return len(txt2img.sigmas_of(job, model)) - 1 + second
+
+    def follow(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Watch runs that are about to begin."""
+        for run in runs:
+            run.watch = self._watch_of(run)
+        return runs
+
+    def _watch_of(self, run: Run) -> Watch:
+        seen = 0
+
+        def watch(query: Query, answer: Answer) -> None:
+            nonlocal seen
+            assert run.at is not None
+            step = run.at.step + 1
+            self.done += max(0, step - seen) * len(query.x)
+            seen = max(seen, step)
+            if self.progress is not None:
+                self.progress(min(self.done, self.total), self.total)
+
+        return watch
 
 
 def made_with(device: torch.device) -> dict[str, str]:
@@ -108,7 +215,7 @@ def made_with(device: torch.device) -> dict[str, str]:
 def recipe(result: Result, index: int) -> dict[str, Any]:
     """What picture `index` of a result carries in its PNG, enough for `sfumato replay` to draw it again."""
     return {
-        "job": asdict(result.job),
+        "job": job_to_dict(result.job),
         "index": index,
         "seed": result.seeds[index],
         "model": {"name": result.model_name, "hash": result.model_hash},

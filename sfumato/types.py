@@ -1,22 +1,42 @@
-"""The words that the rest speaks: Job, Cond, Query, Answer, Result. Data only, no logic.
+"""The words that the rest speaks: Job, Cond, NetState, Query, Answer, Result. Data only, no logic.
 
 Letters: B batch, C latent channels, H W pixels, h = H/f and w = W/f latent size, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Hires:
+    """A second pass over the picture made larger ("hires fix"); None is the first pass's own.
+
+    `scale` is the enlargement, `upscaler` one of images.UPSCALERS or "latent" and its kin, `strength` in [0, 1] how
+    much of the noise comes back; `steps` are those really taken.
+    """
+
+    scale: float = 2.0
+    upscaler: str = "latent"
+    strength: float = 0.7
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    prompt: str | None = None
+    negative: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """The one description of pictures to make: flags, HTTP bodies and the recipe inside a PNG are all a Job.
 
-    None means "the family's own": its native size, steps, guidance and sampler; a schedule of None is the sampler's.
-    Picture i of `count` is drawn from seed + i. `width` and `height` are pixels, `eta` in [0, 1] is DDIM's.
+    None means "the family's own", or the profile's where `like` names one: native size, steps, guidance, sampler; a
+    schedule of None is the sampler's. Picture i of `count` is drawn from seed + i. Sizes are pixels, fractions are of
+    the steps; `eta` in [0, 1] and `options` are the sampler's. What each field allows: tasks/checks.py.
     """
 
     prompt: str = ""
@@ -28,16 +48,72 @@ class Job:
     sampler: str | None = None
     schedule: str | None = None
     eta: float | None = None
+    options: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     count: int = 1
+    like: str | None = None  # a profile: the program whose pictures the same settings are to give
+
+    # How texts are read.
+    weighting: str | None = None
+    clip_skip: int | None = None
+
+    # How noise is drawn (diffusion/noise.py).
+    noise: str | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    noise_width: int | None = None
+    noise_height: int | None = None
+    ensd: int = 0
+
+    # How guidance works (diffusion/guidance).
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_low: float = 0.0  # sigmas between which guidance works
+    guidance_high: float | None = None
+    guidance_thin: float = 0.0  # the sigma below which only every second step has guidance
+    rescale: float = 0.0
+    threshold: float | None = None
+    mimic: float | None = None
+    pag: float = 0.0
+    sag: float = 0.0
+    freeu: tuple[float, ...] | None = None
+
+    # What XL is told of an original (None: the picture's own size, uncropped), its refiner of beauty (6 and 2.5).
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
+    aesthetic: float | None = None
+    negative_aesthetic: float | None = None
+
+    hires: Hires | None = None
+
+
+@dataclass(frozen=True)
+class NetState:
+    """How a U-Net is changed, or looked into, for a row. Rows of different states never share a network call.
+
+    In the blocks named in `perturbed` self-attention is the identity; `freeu` is (b1, b2, s1, s2); of the first
+    self-attention in the block `probe` the map comes back with the row's answer.
+    """
+
+    perturbed: tuple[str, ...] = ()
+    freeu: tuple[float, float, float, float] | None = None
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
 class Cond:
-    """What a network is told beside x and t: context (B, L, D); vector (B, V) where the family has one."""
+    """What a network is told beside x and t: context (B, L, D); vector (B, V) where the family has one.
+
+    `concat` (B, Cc, h, w) is what the network sees beside x in its input, where the family wants it (inpainting).
+    A `state` of None is the network as it is.
+    """
 
     context: Tensor
     vector: Tensor | None = None
+    concat: Tensor | None = None
+    state: NetState | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +126,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """x0, of the query's shape, and the unconditional x0 behind it where guidance computed one."""
+    """x0, of the query's shape; behind it, where guidance computed them, the unconditional x0 and that of scale 1."""
 
     x0: Tensor
     uncond: Tensor | None = None
+    cond: Tensor | None = None
 
 
 @dataclass(frozen=True)

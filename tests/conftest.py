@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 import pytest
 import torch
 
-from sfumato.families import BOX, Defaults, Family
+from sfumato.families import BOX, Defaults, Family, TextTower
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
@@ -20,7 +20,7 @@ from sfumato.weights.checkpoint import build, save_checkpoint
 TINY = replace(
     BOX,
     name="tiny",
-    text=CLIPTextConfig(vocab_size=1024, width=16, num_layers=2, num_heads=2),
+    texts=(TextTower(CLIPTextConfig(vocab_size=1024, width=16, num_layers=2, num_heads=2)),),
     unet=UNetConfig(
         in_channels=4,
         out_channels=4,

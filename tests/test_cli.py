@@ -92,9 +92,10 @@ def test_a_picture_that_is_not_finite_is_no_picture(tiny_checkpoint, tmp_path, c
     [
         (lambda family: [], ["not an object"]),
         (lambda family: family | {"latent_scale": 0.0}, ["latent_scale=0.0"]),
-        (lambda family: family | {"skip_last": 9}, ["skip_last=9"]),
+        (lambda family: family | {"texts": [family["texts"][0] | {"skip_last": 9}]}, ["skip_last=9"]),
         (lambda family: family | {"prediction": "x0"}, ["prediction='x0'", "eps"]),
-        (lambda family: family | {"text": None}, ["None for CLIPTextConfig is not an object"]),
+        (lambda family: family | {"texts": [None]}, ["None is not an object"]),
+        (lambda family: family | {"texts": []}, ["texts"]),
         (lambda family: family | {"unet": family["unet"] | {"num_heads": 3}}, ["num_heads=3"]),
         (lambda family: family | {"unet": family["unet"] | {"norm_groups": 0}}, ["norm_groups=0"]),
         (lambda family: family | {"unet": family["unet"] | {"channel_mult": ["a", 2]}}, ["channel_mult"]),

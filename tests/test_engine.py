@@ -108,20 +108,6 @@ def test_guidance_of_1_is_the_limit_of_guidance(model: Model) -> None:
     assert_same(near, at)
 
 
-def test_classifier_free_guidance_is_its_formula() -> None:
-    """Ho & Salimans 2022, equation 6, with w = scale - 1: it extrapolates from the negative to the positive."""
-    positive, negative = Cond(torch.ones(1, 3, 2)), Cond(torch.zeros(1, 3, 2))
-    x0, uncond = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    guidance = ClassifierFree(positive, negative, 7.5)
-    assert list(guidance.conds) == [positive, negative]
-    answer = guidance.combine([x0, uncond])
-    torch.testing.assert_close(answer.x0, 7.5 * x0 - 6.5 * uncond)
-    assert answer.uncond is uncond
-    for plain in (ClassifierFree(positive, negative, 1.0), ClassifierFree(positive, None, 7.5)):
-        assert list(plain.conds) == [positive]
-        assert plain.combine([x0]) == Answer(x0, None)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_picture_i_of_a_batch_is_picture_i_alone(model: Model, sampler: str) -> None:
     pipeline = Pipeline(model)

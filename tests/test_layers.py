@@ -17,15 +17,28 @@ LAYERS = (
     ("prompts",),
     ("families",),
     ("weights",),
+    ("memory",),
     ("engine",),
     ("tasks",),
     ("pipeline",),
+    ("diffusers_style",),
     ("train", "evaluate", "safety", "server"),
     ("cli",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 FORBIDDEN = {"models": set(HEIGHT) - {"models"}, "diffusion": {"models"}}  # beyond what the order forbids
-PEERS = {"diffusers", "transformers", "accelerate", "k_diffusion", "torchvision", "open_clip", "clip", "compel", "peft"}
+PEERS = {
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "k_diffusion",
+    "torchvision",
+    "open_clip",
+    "clip",
+    "compel",
+    "peft",
+    "ldm",
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -1,106 +1,218 @@
-"""Stable Diffusion 1.5 at full size against diffusers, the same random weights in both: `make parity`.
+"""Whole models at full size against diffusers and transformers, the same random weights in both: `make parity`.
 
-The weights of the U-Net are random everywhere and its last layer is scaled so that it answers with unit deviation,
-as a trained one does. About 7 GB of memory; minutes on one core.
+The weights are written once as a single file and once as a diffusers folder; both programs load both. Text embeddings,
+one U-Net call, the autoencoder's two halves and whole pictures are compared. SFUMATO_PARITY_DIR keeps the files (some
+GB a family; default: a temporary folder), SFUMATO_PARITY_XL=1024 draws XL at its own size instead of 512.
 """
 
-import logging
+from __future__ import annotations
 
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
 
-from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.guidance import ClassifierFree
-from sfumato.diffusion.samplers import drive, find_sampler
-from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
-from sfumato.families import SD1
-from sfumato.models.unet import UNet
-from sfumato.types import Answer, Cond, Query
-from sfumato.weights.diffusers_layout import to_diffusers, unet_keys
-from tests.test_parity_networks import diffusers_unet, randn, randomise
+from benchmarks.random_weights import write_random
+from sfumato.families import Family, Model, find_family
+from sfumato.families.conditioning import encode
+from sfumato.pipeline import Pipeline
+from sfumato.tasks.txt2img import sizes
+from sfumato.types import Job
+from sfumato.weights.checkpoint import load_model
 
 log = logging.getLogger(__name__)  # figures are seen with --log-cli-level=INFO
 pytestmark = pytest.mark.parity
-GUIDANCE, STEPS = 7.5, 4
-CONTEXT = randn(2, 77, 768, seed=5)  # rows: prompt, negative
+PROMPT, NEGATIVE = "a photo of an astronaut riding a horse on mars", "blurry, watermark"
+STEPS, GUIDANCE, SEED = 4, 5.0, 7
+SCHEDULERS = {"ddim": DDIMScheduler, "plms": PNDMScheduler}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family, the precision that its weights are stored in, and the side of the pictures in pixels."""
+
+    family: Family
+    stored: torch.dtype
+    side: int
+
+
+SUBJECTS = {
+    "sd1": Subject(find_family("sd1"), torch.float32, 512),
+    "sd2": Subject(find_family("sd2"), torch.float32, 768),
+    "xl": Subject(find_family("xl"), torch.bfloat16, int(os.environ.get("SFUMATO_PARITY_XL", "512"))),
+}
+
+
+@dataclass
+class Files:
+    """One model in both layouts."""
+
+    subject: Subject
+    single: Path
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    subject = SUBJECTS[request.param]
+    kept = os.environ.get("SFUMATO_PARITY_DIR")
+    base = Path(kept) if kept else tmp_path_factory.mktemp("parity")
+    made = Files(subject, base / f"{request.param}.safetensors", base / request.param)
+    for target in (made.single, made.folder):
+        write_random(target, subject.family, subject.stored)
+    return made
+
+
+@dataclass
+class Seen:
+    """What a program makes of the same inputs."""
+
+    context: Tensor
+    unet: Tensor
+    encoded: Tensor
+    decoded: Tensor
+    pictures: dict[str, np.ndarray]
+
+
+def inputs(subject: Subject) -> dict[str, Tensor]:
+    """Latents for a picture and for one U-Net call, and a picture to encode."""
+
+    def randn(*shape: int, seed: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    cells = subject.side // 8
+    return {
+        "noise": randn(1, 4, cells, cells, seed=SEED),
+        "x": randn(2, 4, 32, 40, seed=1),
+        "t": torch.tensor([981.0, 21.0]),
+        "image": randn(1, 3, 256, 192, seed=2).clamp(-1, 1),
+        "z": randn(1, 4, 32, 24, seed=3),
+    }
+
+
+def ours(files: Files) -> Seen:
+    """Everything by Sfumato, from the single file."""
+    subject, given = files.subject, inputs(files.subject)
+    model = load_model(files.single, family=subject.family)
+    job = Job(PROMPT, NEGATIVE, subject.side, subject.side, STEPS, GUIDANCE, seed=SEED)
+    with torch.inference_mode():
+        conds = [encode(model, text, sizes(job)) for text in (PROMPT, NEGATIVE)]
+        context = torch.cat([cond.context for cond in conds])
+        vector = None if conds[0].vector is None else torch.cat([cond.vector for cond in conds])
+        unet = model.unet(given["x"], given["t"], context, vector)
+        encoded = model.autoencoder.encode(given["image"]).mean
+        decoded = model.autoencoder.decode(given["z"])
+    pipeline = Pipeline(model)
+    pictures = {name: pipeline.draw(replace(job, sampler=name)).images[0] for name in SCHEDULERS}
+    return Seen(context, unet, encoded, decoded, pictures)
+
+
+def theirs(files: Files) -> Seen:
+    """Everything by diffusers and transformers, from the folder."""
+    subject, given = files.subject, inputs(files.subject)
+    pipe = DiffusionPipeline.from_pretrained(files.folder, torch_dtype=torch.float32, safety_checker=None)
+    assert isinstance(pipe, StableDiffusionXLPipeline if subject.family.size_cond else StableDiffusionPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        context, added = embeddings(pipe, subject)
+        unet = pipe.unet(given["x"], given["t"], encoder_hidden_states=context, added_cond_kwargs=added).sample
+        encoded = pipe.vae.encode(given["image"]).latent_dist.mean
+        decoded = pipe.vae.decode(given["z"]).sample
+    pictures = {}
+    for name, scheduler in SCHEDULERS.items():
+        odd = {"skip_prk_steps": True} if name == "plms" else {"clip_sample": False}
+        pipe.scheduler = scheduler.from_config(
+            pipe.scheduler.config, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading", **odd
+        )
+        pictures[name] = pipe(
+            PROMPT, negative_prompt=NEGATIVE, height=subject.side, width=subject.side, num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE, latents=given["noise"].clone(), output_type="np",
+        ).images[0]  # fmt: skip
+    return Seen(context, unet, encoded, decoded, pictures)
+
+
+def embeddings(pipe: DiffusionPipeline, subject: Subject) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Rows of context for the prompt and the negative prompt, and what XL adds."""
+    encoded = pipe.encode_prompt(
+        PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=NEGATIVE
+    )
+    context = torch.cat(encoded[:2])
+    if not subject.family.size_cond:
+        return context, None
+    side = float(subject.side)
+    times = torch.tensor([[side, side, 0, 0, side, side]] * 2)
+    return context, {"text_embeds": torch.cat(encoded[2:]), "time_ids": times}
 
 
 @pytest.fixture(scope="module")
-def networks() -> tuple[UNet, UNet2DConditionModel]:
-    """Ours, and diffusers' own copy of its weights."""
-    ours = UNet(SD1.unet)
-    randomise(ours)
-    with torch.inference_mode():
-        scale = ours(randn(2, 4, 16, 16), torch.tensor([801.0, 801.0]), CONTEXT).std()
-    for parameter in ours.out[2].parameters():
-        parameter.div_(scale)
-    theirs = diffusers_unet(SD1.unet).eval().requires_grad_(False)
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), unet_keys(SD1.unet)))
-    return ours, theirs
+def seen(files: Files) -> Iterator[tuple[Seen, Seen]]:
+    """Both programs, one after the other: there is no room for two XL U-Nets."""
+    first = ours(files)
+    gc.collect()
+    second = theirs(files)
+    gc.collect()
+    yield first, second
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|, Euclidean."""
-    return float((ours - theirs).norm() / theirs.norm())
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, Euclidean."""
+    return float((a - b).norm() / b.norm())
 
 
-def test_one_call(networks: tuple[UNet, UNet2DConditionModel]) -> None:
-    ours, theirs = networks
-    x, t = randn(2, 4, 64, 64), torch.tensor([981.0, 21.0])
-    with torch.inference_mode():
-        out = ours(x, t, CONTEXT)
-        expected = theirs(x, t, encoder_hidden_states=CONTEXT).sample
-        swapped = ours(x, t, CONTEXT.flip(0))
-    log.info("one U-Net call: relative difference %.1e", relative(out, expected))
-    assert 0.1 < expected.std() < 10
-    assert relative(swapped, out) > 1e-2, "the context must matter"
-    assert relative(out, expected) < 1e-4
+@pytest.mark.parametrize("what", ["context", "unet", "encoded", "decoded"])
+def test_networks(what: str, files: Files, seen: tuple[Seen, Seen]) -> None:
+    a, b = (getattr(one, what) for one in seen)
+    log.info("%s %s: relative difference %.1e", files.folder.name, what, relative(a, b))
+    assert a.shape == b.shape
+    assert 0.05 < float(b.std()) < 50, "the outputs must say something"
+    assert relative(a, b) < 1e-4
 
 
-def test_plms_with_guidance(networks: tuple[UNet, UNet2DConditionModel]) -> None:
-    """Ours in sigma-space against diffusers' PNDM in variance-preserving scale, from one start noise."""
-    ours, theirs = networks
-    noise = randn(1, 4, 32, 32, seed=9)
-    with torch.inference_mode():
-        found = sfumato_plms(ours, noise)
-        expected = diffusers_plms(theirs, noise)
-    log.info("PLMS: relative difference %.1e", relative(found, expected))
-    assert relative(found, noise) > 0.1, "the sampler must have moved"
-    assert relative(found, expected) < 1e-4
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_pictures(sampler: str, files: Files, seen: tuple[Seen, Seen]) -> None:
+    a, b = seen[0].pictures[sampler].astype(float), seen[1].pictures[sampler] * 255
+    worst = np.abs(a - b).max()
+    log.info("%s %s at %d px: worst difference %.2f of 255", files.folder.name, sampler, files.subject.side, worst)
+    assert a.shape == b.shape == (files.subject.side, files.subject.side, 3)
+    assert b.std() > 10, "the picture must show something"
+    assert worst <= 2
 
 
-def sfumato_plms(unet: UNet, noise: Tensor) -> Tensor:
-    """Latents (1, 4, h, w) in variance-preserving scale, as they reach the autoencoder before its scale."""
-    schedule, sampler = NoiseSchedule(SD1.schedule), find_sampler("plms")
-    denoiser = Denoiser(lambda x, t, cond: unet(x, t, cond.context), schedule, SD1.prediction)
-    guidance = ClassifierFree(Cond(CONTEXT[:1]), Cond(CONTEXT[1:]), GUIDANCE)
+def test_both_layouts_hold_the_same(files: Files, seen: tuple[Seen, Seen]) -> None:
+    """Our reader gives the same bits from both; diffusers reads our single file as it reads our folder."""
+    one, other = load_model(files.single, family=files.subject.family), load_model(files.folder)
+    assert other.family == files.subject.family
+    assert_same(one, other)
+    kind = StableDiffusionXLPipeline if files.subject.family.size_cond else StableDiffusionPipeline
+    pipe = kind.from_single_file(
+        str(files.single), config=str(files.folder), local_files_only=True, torch_dtype=files.subject.stored,
+        safety_checker=None,
+    )  # fmt: skip
+    folder = kind.from_pretrained(files.folder, torch_dtype=files.subject.stored, safety_checker=None)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        a, b = getattr(pipe, name, None), getattr(folder, name, None)
+        if b is None:
+            continue
+        ours_state, their_state = a.state_dict(), b.state_dict()
+        assert set(ours_state) == set(their_state)
+        assert all(torch.equal(ours_state[key], their_state[key]) for key in their_state), name
 
-    def answer(query: Query) -> Answer:
-        x0 = denoiser(query.x.repeat(2, 1, 1, 1), [query.sigma] * 2, Cond(CONTEXT))
-        return guidance.combine(x0.split(1))
 
-    sigmas = sampling_sigmas(sampler.schedule, schedule, STEPS)
-    x = drive(sampler.run(noise * sampler.start_scale(sigmas[0]), sigmas, lambda: noise), answer)
-    return x * (1 + sigmas[-1] ** 2) ** -0.5
-
-
-def diffusers_plms(unet: UNet2DConditionModel, noise: Tensor) -> Tensor:
-    """The loop of diffusers' text-to-image pipeline, with the scheduler of the published SD 1.5."""
-    scheduler = PNDMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(STEPS)
-    x = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        out = unet(scheduler.scale_model_input(x.repeat(2, 1, 1, 1), t), t, encoder_hidden_states=CONTEXT).sample
-        positive, negative = out.chunk(2)
-        x = scheduler.step(negative + GUIDANCE * (positive - negative), t, x).prev_sample
-    return x
+def assert_same(one: Model, other: Model) -> None:
+    for part, module in one.networks.items():
+        state = other.networks[part].state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items()), part

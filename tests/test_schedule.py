@@ -1,15 +1,27 @@
-"""Noise levels against diffusers, k-diffusion and the rule of the original DDIM sampler."""
+"""Noise levels against diffusers, k-diffusion, ComfyUI's and A1111's rules, and that of the original DDIM sampler."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from sfumato.diffusion.schedule import SCHEDULES, NoiseSchedule, ScheduleConfig, ddim, karras, sampling_sigmas, uniform
+from sfumato.diffusion.schedule import (
+    SCHEDULE_LABELS,
+    SCHEDULES,
+    NoiseSchedule,
+    ScheduleConfig,
+    ddim,
+    find_schedule,
+    karras,
+    sampling_sigmas,
+    uniform,
+)
 from tests.peers import load_k_diffusion
 
 k_sampling, k_external = load_k_diffusion()
@@ -80,15 +92,202 @@ def test_levels_outside_the_trained_range_give_its_ends() -> None:
     assert (SD1.sigma(-1), SD1.sigma(2000)) == pytest.approx((SD1.sigma_min, SD1.sigma_max), rel=1e-14)
 
 
+LIMITS = {"lcm": 50, "sd_turbo": 10}
+ENDS_ABOVE_0 = {"ddim", "kl_optimal"}
+TABLES = ("align_your_steps", "ays", "align_your_steps_32", "align_your_steps_gits")
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("n", [1, 2, 3, 27, 30, 50, 250, 333, 500, 501, 999])
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 27, 30, 50, 250, 333, 500, 501, 999])
 def test_levels_fall(name: str, n: int) -> None:
     """Strictly: two equal levels in a row make DPM++ 2M divide by a step of length 0."""
+    if n > LIMITS.get(name, 999):
+        with pytest.raises(ValueError, match=f"steps={n}: the {name} schedule allows 1 to {LIMITS[name]}"):
+            sampling_sigmas(name, SD1, n)
+        return
     levels = sampling_sigmas(name, SD1, n)
     assert all(high > low for high, low in pairwise(levels))
-    assert levels[-1] >= 0
-    assert levels[0] <= SD1.sigma_max * (1 + 1e-12)
+    assert (levels[-1] > 0) == (name in ENDS_ABOVE_0)
+    assert levels[0] <= SD1.sigma_max * (1 + (1e-4 if name in TABLES else 1e-12))
     assert all(type(level) is float for level in levels)
+
+
+EXACT_COUNT = sorted(set(SCHEDULES) - {"ddim", "ddim_uniform", "beta_comfy"})
+
+
+@pytest.mark.parametrize("name", EXACT_COUNT)
+@pytest.mark.parametrize("n", [1, 4, 10])
+def test_n_steps_are_n_steps(name: str, n: int) -> None:
+    assert len(sampling_sigmas(name, SD1, n)) == n + 1
+
+
+@pytest.mark.parametrize("name", EXACT_COUNT)
+def test_discard_drops_the_next_to_last_level(name: str) -> None:
+    kept, more = sampling_sigmas(name, SD1, 9, discard=True), sampling_sigmas(name, SD1, 10)
+    assert kept == [*more[:-2], more[-1]]
+
+
+# Other programs.
+
+
+@pytest.mark.parametrize("n", [2, 7, 30, 333])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spacings_are_those_of_diffusers(spacing: str, n: int) -> None:
+    options = {"steps_offset": 1} if spacing == "leading" else {}
+    peer = EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear", timestep_spacing=spacing, **options)
+    peer.set_timesteps(n)
+    np.testing.assert_allclose(sampling_sigmas(spacing, SD1, n), peer.sigmas.numpy(), rtol=3e-5)
+
+
+@pytest.mark.parametrize("n", [2, 7, 30])
+@pytest.mark.parametrize("name", ["exponential", "beta"])
+def test_curves_are_those_of_diffusers(name: str, n: int) -> None:
+    peer = EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear", **{f"use_{name}_sigmas": True})
+    peer.set_timesteps(n)
+    np.testing.assert_allclose(sampling_sigmas(name, SD1, n), peer.sigmas.numpy(), rtol=3e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30, 999])
+def test_exponentials_are_those_of_k_diffusion(n: int) -> None:
+    for name in ("exponential", "polyexponential"):
+        peer = getattr(k_sampling, f"get_sigmas_{name}")(n, SD1.sigma_min, SD1.sigma_max)
+        np.testing.assert_allclose(sampling_sigmas(name, SD1, n), peer.numpy(), rtol=2e-5)
+
+
+def test_exponential_falls_by_one_factor() -> None:
+    levels = np.array(sampling_sigmas("exponential", SD1, 20)[:-1])
+    np.testing.assert_allclose(levels[1:] / levels[:-1], levels[1] / levels[0], rtol=1e-12)
+
+
+def test_rules_of_comfyui_and_a1111_by_hand() -> None:
+    """Timesteps at four steps, worked out from the rules' words; 999 is the noisiest."""
+    for name, timesteps in {
+        "normal": [999, 666, 333, 0],
+        "sgm_uniform": [999, 749.25, 499.5, 249.75],
+        "simple": [999, 749, 499, 249],
+        "ddim_uniform": [751, 501, 251, 1],
+        "leading": [751, 501, 251, 1],
+        "trailing": [999, 749, 499, 249],
+        "turbo": [999, 749, 499, 249],
+        "sd_turbo": [999, 899, 799, 699],
+        "lcm": [999, 759, 499, 259],
+    }.items():
+        levels = sampling_sigmas(name, SD1, 4)
+        assert [SD1.timestep(level) for level in levels[:-1]] == pytest.approx(timesteps, abs=1e-6), name
+        assert levels[-1] == 0
+
+
+def test_beta_of_comfyui_is_on_timesteps() -> None:
+    places = np.rint(stats.beta.ppf(1 - np.arange(8) / 8, 0.6, 0.6) * 999)
+    assert sampling_sigmas("beta_comfy", SD1, 8)[:-1] == [float(SD1.sigmas[int(place)]) for place in places]
+
+
+def test_beta_of_a1111_is_on_sigma() -> None:
+    quantiles = stats.beta.ppf(1 - np.linspace(0, 1, 8), 0.6, 0.6)
+    expected = SD1.sigma_min + quantiles * (SD1.sigma_max - SD1.sigma_min)
+    np.testing.assert_allclose(sampling_sigmas("beta", SD1, 8)[:-1], expected, rtol=1e-10)
+
+
+def test_kl_optimal_has_even_arctangents() -> None:
+    for name, count in (("kl_optimal", 9), ("kl_optimal_comfy", 8)):
+        levels = [level for level in sampling_sigmas(name, SD1, 8) if level > 0]
+        assert len(levels) == count
+        assert (levels[0], levels[-1]) == pytest.approx((SD1.sigma_max, SD1.sigma_min))
+        np.testing.assert_allclose(np.diff(np.arctan(levels), n=2), 0, atol=1e-12)
+
+
+def test_linear_quadratic_is_straight_then_a_parabola_with_the_same_slope() -> None:
+    done = 1 - np.array(sampling_sigmas("linear_quadratic", SD1, 20)) / SD1.sigma_max
+    np.testing.assert_allclose(done[:11], np.arange(11) * 0.0025, atol=1e-12)
+    np.testing.assert_allclose(np.diff(done[10:], n=3), 0, atol=1e-12)
+    bend = np.diff(done[10:], n=2)[0]
+    assert done[11] - done[10] == pytest.approx(0.0025 + bend / 2)  # slope at 10, and half the bend
+    assert done[-1] == 1
+
+
+def test_align_your_steps_are_the_published_levels() -> None:
+    """At 11 levels, and at diffusers' timesteps within a step of the trained ones."""
+    published = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
+    assert sampling_sigmas("align_your_steps", SD1, 11) == pytest.approx([*published, 0.0])
+    assert sampling_sigmas("ays", SD1, 10) == pytest.approx([*published[:-1], 0.0])
+    for table, timesteps in (
+        ("sd1", AysSchedules["StableDiffusionTimesteps"]),
+        ("sdxl", AysSchedules["StableDiffusionXLTimesteps"]),
+    ):
+        levels = sampling_sigmas("ays", SD1, 10, table=table)
+        assert [SD1.timestep(level) for level in levels[:-1]] == pytest.approx(timesteps, abs=2.5)
+    np.testing.assert_allclose(
+        sampling_sigmas("ays", SD1, 10, table="sdxl")[:-1], AysSchedules["StableDiffusionXLSigmas"][:10], rtol=1e-3
+    )
+    assert sampling_sigmas("align_your_steps_32", SD1, 32)[:3] == pytest.approx([14.615, 11.2395, 8.6436], rel=1e-4)
+
+
+def test_tables_are_resampled_in_log_sigma() -> None:
+    levels = sampling_sigmas("align_your_steps", SD1, 21)
+    assert levels[1] == pytest.approx((14.615 * 6.475) ** 0.5)
+    assert (levels[0], levels[20]) == pytest.approx((14.615, 0.029))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_an_unknown_table_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="table='sd3': one of sd1, sdxl"):
+        sampling_sigmas(name, SD1, 5, table="sd3")
+
+
+# Zero terminal SNR.
+
+
+def test_zero_terminal_snr_is_that_of_diffusers() -> None:
+    peer = EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear", rescale_betas_zero_snr=True)
+    ours = NoiseSchedule(ScheduleConfig(zero_terminal_snr=True))
+    abar = peer.alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(ours.alphas_cumprod[:-1], abar[:-1], rtol=2e-3)  # theirs is a float32 product of betas
+    np.testing.assert_allclose(ours.alphas_cumprod[:900], abar[:900], rtol=3e-5)
+    assert ours.alphas_cumprod[-1] == abar[-1] == 2.0**-24
+    assert ours.sigma_max == pytest.approx(4096, rel=1e-6)
+    assert ours.sigma_min == pytest.approx(SD1.sigma_min, rel=1e-12)  # algorithm 1 leaves the first level
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - set(TABLES)))
+def test_levels_fall_at_zero_terminal_snr(name: str) -> None:
+    levels = sampling_sigmas(name, NoiseSchedule(ScheduleConfig(zero_terminal_snr=True)), 10)
+    assert all(high > low for high, low in pairwise(levels))
+    assert np.isfinite(levels).all()
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    "spelling, name",
+    [
+        *((name, name) for name in SCHEDULES),
+        *((label, name) for name, label in SCHEDULE_LABELS.items()),
+        ("Karras", "karras"),
+        ("SGM Uniform", "sgm_uniform"),
+        ("SGMUniform", "sgm_uniform"),
+        ("KL Optimal", "kl_optimal"),
+        ("Align Your Steps", "align_your_steps"),
+        ("Align Your Steps GITS", "align_your_steps_gits"),
+        ("Automatic", "automatic"),
+        ("automatic", "automatic"),
+        ("Polyexponential", "polyexponential"),
+        ("discrete", "uniform"),
+        ("linear_quadratic", "linear_quadratic"),
+    ],
+)
+def test_a_schedule_is_found_in_any_spelling(spelling: str, name: str) -> None:
+    assert find_schedule(spelling) == name
+
+
+def test_a_slip_is_answered_with_the_nearest_names() -> None:
+    with pytest.raises(ValueError, match=r"schedule='karas': did you mean karras\?"):
+        find_schedule("karas")
+
+
+def test_the_samplers_own_schedule_has_no_levels() -> None:
+    with pytest.raises(ValueError, match="schedule='automatic': the sampler's own"):
+        sampling_sigmas("automatic", SD1, 5)
 
 
 def test_add_noise_adds_the_level_of_each_row() -> None:
@@ -125,5 +324,5 @@ def test_ddim_refuses_more_steps_than_there_are() -> None:
 
 
 def test_an_unknown_schedule_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match=r"schedule='cosine': one of uniform, ddim, karras"):
+    with pytest.raises(ValueError, match=r"schedule='cosine': one of uniform, normal, .*karras"):
         sampling_sigmas("cosine", SD1, 10)

@@ -282,7 +282,9 @@ def test_clip_finds_the_caption_of_a_picture(tmp_path):
             pixels = torch.stack([torch.tensor(colours[n]).float()[:, None, None].expand(3, 8, 8) for n in names])
             return CaptionedBatch(pixels, names)
 
-    objective = CLIPObjective(CLIP(CLIPConfig(TINY.text, vision, 8)), ClipTokenizer(TINY.text.vocab_size))
+    objective = CLIPObjective(
+        CLIP(CLIPConfig(TINY.texts[0].config, vision, 8)), ClipTokenizer(TINY.texts[0].config.vocab_size)
+    )
     fit(objective, Colours(), replace(CONFIG, steps=60, lr=1e-2), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["found"] == 1.0 and lines[-1]["contrastive"] < 0.5 * lines[0]["contrastive"]
@@ -290,8 +292,8 @@ def test_clip_finds_the_caption_of_a_picture(tmp_path):
 
 def test_clip_tokens_are_padded_to_the_longest_only():
     vision = CLIPVisionConfig(image_size=8, patch_size=4, width=16, num_layers=1, num_heads=2)
-    network = CLIP(CLIPConfig(TINY.text, vision, 8)).eval()
-    objective = CLIPObjective(network, ClipTokenizer(TINY.text.vocab_size))
+    network = CLIP(CLIPConfig(TINY.texts[0].config, vision, 8)).eval()
+    objective = CLIPObjective(network, ClipTokenizer(TINY.texts[0].config.vocab_size))
     short, long = objective.tokens(["a cat"]), objective.tokens(["a cat", "a cat on a mat in a house"])
     assert short.shape[1] < long.shape[1] <= 77
     with torch.no_grad():

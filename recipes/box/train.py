@@ -20,27 +20,29 @@ from tqdm import tqdm
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import BOX
+from sfumato.families.conditioning import encode_captions
 from sfumato.images import grid, save_png
 from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIP, CLIPConfig, CLIPText, CLIPVisionConfig
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
-from sfumato.prompts.encode import encode
 from sfumato.train.autoencoder import AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
-from sfumato.weights.checkpoint import load_model, place, save_checkpoint
+from sfumato.weights.checkpoint import load_model, save_checkpoint
 from sfumato.weights.files import save_safetensors
+from sfumato.weights.placing import place
 
 log = logging.getLogger(__name__)
 
 RUNS = Path("runs/box")
 CPU = torch.device("cpu")
+TOWER = BOX.texts[0]
 CLIP_CONFIG = CLIPConfig(
-    text=BOX.text,
+    text=TOWER.config,
     vision=CLIPVisionConfig(image_size=BOX.size, patch_size=8, width=192, num_layers=4, num_heads=4),
     embed_dim=192,
 )
@@ -93,7 +95,7 @@ def train_autoencoder(options: Options) -> None:
 def train_clip(options: Options) -> None:
     """Both towers; the text tower is kept."""
     torch.manual_seed(0)
-    objective = CLIPObjective(CLIP(CLIP_CONFIG), ClipTokenizer(BOX.text.vocab_size))
+    objective = CLIPObjective(CLIP(CLIP_CONFIG), ClipTokenizer(TOWER.config.vocab_size))
     config = LoopConfig(options.steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99)
     fit(objective, CaptionedShards(options.data, BOX.size), config, RUNS / "clip")
 
@@ -109,7 +111,7 @@ def trained_autoencoder() -> Autoencoder:
 def trained_text() -> CLIPText:
     """The averaged text tower of stage two."""
     weights = ema_weights(state_path("clip"))
-    network = CLIPText(BOX.text)
+    network = CLIPText(TOWER.config)
     network.load_state_dict({name: value for name, value in weights.items() if name.startswith("text_model.")})
     return network.eval().requires_grad_(False)
 
@@ -139,12 +141,12 @@ def cache_latents(options: Options) -> None:
 def train_diffusion(options: Options) -> None:
     """The U-Net on cached latents, and the text tower with it where asked; each save also draws the watched prompts."""
     torch.manual_seed(0)
-    unet, text, tokenizer = UNet(BOX.unet), trained_text(), ClipTokenizer(BOX.text.vocab_size)
+    unet, text, tokenizer = UNet(BOX.unet), trained_text(), ClipTokenizer(TOWER.config.vocab_size)
     place(unet, CPU, torch.float32)
     parts: dict[str, nn.Module] = {"unet": unet}
 
     def states(captions: list[str]) -> Tensor:
-        return encode(text, tokenizer, captions, BOX.skip_last, BOX.pad_token).context
+        return encode_captions(TOWER, text, tokenizer, captions)
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return unet(x, t, context)
@@ -197,7 +199,7 @@ def unpack(options: Options) -> None:
     """Lay out the shipped box as runs at step 0, so that training goes on from it where the runs are gone."""
     model = load_model(box_path())
     begin("autoencoder", model.autoencoder.state_dict(), model.hash)
-    begin("clip", model.text.state_dict(), model.hash)
+    begin("clip", model.texts[0].state_dict(), model.hash)
     begin("diffusion", nn.ModuleDict({"unet": model.unet}).state_dict(), model.hash)
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
 from sfumato import __version__
-from sfumato.cli import replay, txt2img
 
 BAD_INPUT, STOPPED = 2, 130
+COMMANDS = {
+    "txt2img": "draw pictures from a prompt",
+    "replay": "draw a saved picture again and compare",
+    "inspect": "tell what a checkpoint is",
+    "convert": "write a checkpoint in another layout or precision",
+    "merge": "merge checkpoints, or bake in an autoencoder",
+    "prune": "write only what drawing needs",
+    "extract-ema": "write the averaged weights of a training checkpoint",
+}
 
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
@@ -24,7 +31,8 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out_of_memory and "allocate memory" not in str(error):
             raise
         print(f"{name}: error: out of memory; a smaller width, height or count needs less", file=sys.stderr)
         return BAD_INPUT
@@ -33,24 +41,26 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
         return STOPPED
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; only the `wanted` command's module is imported and has its flags (None: all)."""
     top = argparse.ArgumentParser(prog="sfumato", description="Stable Diffusion: pictures from words.")
     top.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module, summary in (
-        ("txt2img", txt2img, "draw pictures from a prompt"),
-        ("replay", replay, "draw a saved picture again and compare"),
-    ):
-        sub = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_flags(sub)
-        sub.set_defaults(command=module.run, name=f"sfumato {name}")
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary)
+        if wanted in (name, None):
+            module = importlib.import_module(f"sfumato.cli.{name.replace('-', '_')}")
+            sub.description = module.__doc__
+            module.add_flags(sub)
+            sub.set_defaults(command=module.run, name=f"sfumato {name}")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `sfumato` program; returns the exit code."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((word for word in words if not word.startswith("-")), "")
+    args = parser(wanted).parse_args(words)
     return run_command(args.command, args, args.name)
 
 

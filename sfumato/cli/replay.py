@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.txt2img import draw_with_bar
 from sfumato.images import load_png, save_png
-from sfumato.pipeline import Pipeline, recipe
+from sfumato.pipeline import recipe
 from sfumato.tasks.checks import job_from_dict
 from sfumato.types import Job
 
@@ -20,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `sfumato replay`."""
     add = parser.add_argument
     add("picture", metavar="FILE.png", help="a picture that sfumato saved")
-    add("--ckpt", metavar="FILE", help="the checkpoint that drew it (default: the model in the box)")
+    add_model_flags(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
     add("--out", metavar="FILE.png", help="save the new drawing here")
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     pixels, made = load_png(path)
     old = read_recipe(path, made)
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
-    pipeline = Pipeline.from_pretrained(args.ckpt, args.device or old.made_with.get("device"), precision)
+    pipeline = load(args, args.device or old.made_with.get("device"), precision)
     model = pipeline.model
     if model.hash != old.model_hash:
         raise ValueError(

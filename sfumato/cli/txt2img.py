@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sfumato.cli.loading import add_model_flags, load
 from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Family
@@ -56,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style = SFUMATO) -> None:
     add("--prompt", default=style.prompt, help="what to draw; empty draws unconditionally")
     add("--negative", default="", metavar="TEXT", help="what to stay away from")
     add("--from-file", metavar="FILE", help="a UTF-8 text file: a picture for every line that is not blank")
-    add("--ckpt", metavar="FILE", help="a .safetensors checkpoint (default: the model in the box)")
+    add_model_flags(parser)
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: {own(style.sampler)})")
     add("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default: the sampler's own)")
     add("--plms", action="store_true", help="the same as --sampler plms")
@@ -198,17 +199,17 @@ def draw_with_bar(pipeline: Pipeline, job: Job) -> Result:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     iterations = list(jobs_of(args))
-    outdir, ckpt = args.outdir, args.ckpt
+    outdir = args.outdir
     if args.laion400m:
-        outdir, ckpt = LAION_OUTDIR, LAION_CKPT
+        outdir, args.ckpt = LAION_OUTDIR, LAION_CKPT
     if args.config:
         log.info("config %s is not read: the model's shape is in the checkpoint", args.config)
     saver = Saver(Path(outdir))
-    pipeline = Pipeline.from_pretrained(ckpt, args.device, args.precision)
+    pipeline = load(args, args.device, args.precision)
     model = pipeline.model
     _check_family(args, model.family)
     iterations = [[complete(job, model.family) for job in jobs] for jobs in iterations]
-    log.info("%s (%s) on %s in %s", model.name, model.hash, model.device, model.precision)
+    log.info("%s on %s in %s", model.name, model.device, model.precision)
     if not all(job.prompt for jobs in iterations for job in jobs):
         log.info("the prompt is empty: drawing unconditionally")
     images: list[np.ndarray] = []

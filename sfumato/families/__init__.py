@@ -1,36 +1,28 @@
-"""The families that are known, and how a checkpoint's family is found."""
+"""The families that are known. A new one is a constant in a file of its kind, and its name in this list."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from sfumato.families.box import BOX
-from sfumato.families.family import Defaults, Family
+from sfumato.families.family import Defaults, Family, TextTower
 from sfumato.families.model import Model
-from sfumato.families.sd1 import SD1
+from sfumato.families.sd1 import SD1, SD1_EDIT, SD1_INPAINT, SD1_V
+from sfumato.families.sd2 import SD2, SD2_BASE, SD2_DEPTH, SD2_INPAINT, SD2_UPSCALER
+from sfumato.families.xl import XL, XL_INPAINT, XL_REFINER, XL_V
 
-__all__ = ["BOX", "FAMILIES", "SD1", "Defaults", "Family", "Model", "detect"]
+__all__ = ["BOX", "FAMILIES", "SD1", "SD2", "SD2_BASE", "XL", "Defaults", "Family", "Model", "TextTower", "find_family"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, BOX)}
-FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
-ANY_CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-
-
-def detect(shapes: Mapping[str, Sequence[int]], header: Mapping[str, str]) -> Family:
-    """The family of a single-file checkpoint: its header's description, else what its shapes say.
-
-    ValueError where neither fits; `shapes` are those of the tensors by their original names.
-    """
-    if "sfumato.family" in header:
-        return Family.from_json(header["sfumato.family"])
-    for name, rank in ((FIRST_CONV, 4), (ANY_CONTEXT, 2)):
-        if len(shapes.get(name, ())) != rank:
-            known = ", ".join(FAMILIES)
-            raise ValueError(f"it has no {name}: not a Stable Diffusion checkpoint of a known family ({known})")
-    found = (shapes[FIRST_CONV][0], shapes[FIRST_CONV][1], shapes[ANY_CONTEXT][1])
-    if found == (SD1.unet.channels, SD1.unet.in_channels, SD1.unet.context_dim):
-        return SD1
-    raise ValueError(
-        f"U-Net of width {found[0]}, {found[1]} input channels, context {found[2]}: no known family "
-        f"({', '.join(FAMILIES)})"
+# Of families with tensors of the same shapes, the first is what a file is taken for that says nothing else.
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        SD1, SD1_V, SD1_INPAINT, SD1_EDIT, SD2, SD2_BASE, SD2_INPAINT, SD2_DEPTH, SD2_UPSCALER,
+        XL, XL_V, XL_INPAINT, XL_REFINER, BOX,
     )
+}  # fmt: skip
+
+
+def find_family(name: str) -> Family:
+    """The family of a name; ValueError lists the names."""
+    if name not in FAMILIES:
+        raise ValueError(f"family={name!r}: one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]

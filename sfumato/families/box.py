@@ -7,14 +7,14 @@ a plain background does not survive in x_T (Lin et al. 2023 describe the flaw). 
 from __future__ import annotations
 
 from sfumato.diffusion.schedule import ScheduleConfig
-from sfumato.families.family import Defaults, Family
+from sfumato.families.family import Defaults, Family, TextTower
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
 
 BOX = Family(
     name="box",
-    text=CLIPTextConfig(vocab_size=4096, width=192, num_layers=4, num_heads=4),
+    texts=(TextTower(CLIPTextConfig(vocab_size=4096, width=192, num_layers=4, num_heads=4)),),
     unet=UNetConfig(
         in_channels=16,
         out_channels=16,

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sfumato.diffusion.denoiser import PREDICTIONS
 from sfumato.diffusion.samplers import find_sampler
@@ -18,6 +19,27 @@ from sfumato.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
+
+SIZE_NUMBERS = {"original": 2, "crop": 2, "target": 2, "aesthetic": 1}  # numbers in each size condition of XL
+CONCATS = ("inpaint", "depth", "picture", "lowres")
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One text encoder of a family and how it is read.
+
+    `prefix` is its place in the original single-file layout, where its tensors have OpenCLIP's names if `openclip`.
+    `skip_last` counts the layers left out at the end, `not_stored` those of the published encoder that come after ours;
+    `pad_token` fills a prompt's tokens (None: the end token).
+    """
+
+    config: CLIPTextConfig
+    prefix: str = "cond_stage_model.transformer."
+    openclip: bool = False
+    skip_last: int = 0
+    final_norm: bool = True
+    pad_token: int | None = None
+    not_stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,33 +55,75 @@ class Defaults:
 class Family:
     """`size` is the native width and height in pixels; `latent_scale` makes the latents' deviation 1.
 
-    `skip_last` counts the text layers left out at the end (0 in SD 1.x, 1 in 2.x); `pad_token` fills a prompt's
-    tokens (None: the end token).
+    The contexts of `texts` are joined in width; the last one's pooled vector goes to the U-Net where it takes one,
+    with the sinusoids, `size_dim` wide each, of the numbers that `size_cond` names (Podell et al. 2023, section 2.2).
+    `concat` names what the U-Net sees beside x: "inpaint" (mask and masked latents), "depth", "picture" (latents) or
+    "lowres" (a noisy small picture). `zero_empty_negative`: an empty negative prompt is zeros, not encoded.
     """
 
     name: str
-    text: CLIPTextConfig
+    texts: tuple[TextTower, ...]
     unet: UNetConfig
     autoencoder: AutoencoderConfig
     schedule: ScheduleConfig
     prediction: str
     size: int
     latent_scale: float
-    skip_last: int = 0
-    pad_token: int | None = None
+    size_cond: tuple[str, ...] = ()
+    size_dim: int = 256
+    concat: str | None = None
+    zero_empty_negative: bool = False
     defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction={self.prediction!r}: one of {', '.join(PREDICTIONS)}")
-        if self.unet.context_dim != self.text.width:
-            raise ValueError(f"context_dim={self.unet.context_dim}: the text encoder gives {self.text.width}")
         if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
             raise ValueError(f"latent_scale={self.latent_scale}: a number above 0 is needed")
         find_sampler(self.defaults.sampler)
         NoiseSchedule(self.schedule)
-        if not 0 <= self.skip_last < self.text.num_layers:
-            raise ValueError(f"skip_last={self.skip_last}: 0 to {self.text.num_layers - 1} is allowed")
+        self._check_texts()
+        self._check_channels()
+
+    def _check_texts(self) -> None:
+        if not self.texts:
+            raise ValueError("texts: one text encoder or more is needed")
+        width = sum(tower.config.width for tower in self.texts)
+        if self.unet.context_dim != width:
+            raise ValueError(f"context_dim={self.unet.context_dim}: the text encoders give {width}")
+        for tower in self.texts:
+            if not 0 <= tower.skip_last < tower.config.num_layers:
+                raise ValueError(f"skip_last={tower.skip_last}: 0 to {tower.config.num_layers - 1} is allowed")
+        if unknown := set(self.size_cond) - set(SIZE_NUMBERS):
+            raise ValueError(f"size_cond={min(unknown)!r}: one of {', '.join(SIZE_NUMBERS)}")
+        if self.unet.vector_dim is not None:
+            pooled = self.texts[-1].config.projection or 0
+            found = pooled + self.size_dim * sum(SIZE_NUMBERS[name] for name in self.size_cond)
+            if self.unet.vector_dim != found:
+                raise ValueError(f"vector_dim={self.unet.vector_dim}: text and sizes give {found}")
+
+    def _check_channels(self) -> None:
+        if self.concat is not None and self.concat not in CONCATS:
+            raise ValueError(f"concat={self.concat!r}: one of {', '.join(CONCATS)}")
+        expected = self.autoencoder.latent_channels + self.concat_channels
+        if self.unet.in_channels != expected:
+            raise ValueError(f"in_channels={self.unet.in_channels}: latents and what is beside them are {expected}")
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels that the U-Net sees beside x."""
+        latent = self.autoencoder.latent_channels
+        return {None: 0, "inpaint": latent + 1, "depth": 1, "picture": latent, "lowres": 3}[self.concat]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the family's networks: unet, autoencoder, text, and text2 where there are two encoders."""
+        return ("unet", "autoencoder", *self.text_parts)
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Names of the text encoders among `parts`."""
+        return tuple("text" if index == 0 else f"text{index + 1}" for index in range(len(self.texts)))
 
     @property
     def size_step(self) -> int:
@@ -78,27 +142,21 @@ class Family:
             raise ValueError(f"family: not a family's description ({error})") from error
 
 
-def _build(kind: type[Any], values: dict[str, Any]) -> Any:
-    """A frozen config from plain JSON: nested dataclasses are built, lists of whole numbers become tuples."""
-    if not isinstance(values, dict):
-        raise TypeError(f"{values!r} for {kind.__name__} is not an object")
-    hints = get_type_hints(kind)
-    arguments = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = _build(hint, value)  # type: ignore[arg-type]
-        elif get_origin(hint) is tuple:
-            if not isinstance(value, list) or any(type(item) is not int for item in value):
-                raise TypeError(f"{name}={value!r} is not a list of whole numbers")
-            arguments[name] = tuple(value)
-        elif not isinstance(value, _plain_types(hint)):
-            raise TypeError(f"{name}={value!r} is not {hint}")
-        else:
-            arguments[name] = value
-    return kind(**arguments)
-
-
-def _plain_types(hint: Any) -> tuple[type, ...]:
-    kinds = get_args(hint) or (hint,)
-    return (*kinds, int) if float in kinds else kinds  # JSON writes 1.0 as 1 in some programs
+def _build(kind: Any, value: Any, field: str = "family") -> Any:
+    """Plain JSON as the type `kind`: objects become frozen configs, lists tuples. TypeError where it does not fit."""
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        return None if value is None and len(kinds) < len(get_args(kind)) else _build(kinds[0], value, field)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{field}: {value!r} is not an object")
+        hints = get_type_hints(kind)
+        return kind(**{name: _build(hints[name], item, name) for name, item in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{field}: {value!r} is not a list")
+        return tuple(_build(get_args(kind)[0], item, field) for item in value)
+    kinds = [int, float] if kind is float else [kind]  # JSON writes 1.0 as 1 in some programs
+    if type(value) not in kinds:
+        raise TypeError(f"{field}: {value!r} is not {kind.__name__}")
+    return value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from torch import nn
 
 from sfumato.families.family import Family
 from sfumato.models.autoencoder import Autoencoder
@@ -15,18 +18,32 @@ from sfumato.models.unet import UNet
 
 @dataclass(frozen=True)
 class Model:
-    """A family's loaded networks; `name` and `hash` are the file's, `dtype` is what the networks compute in."""
+    """A family's loaded networks; `name` is the file's, `dtype` is what the networks compute in.
+
+    `hasher` reads the file's hash when it is first asked for: a large file takes seconds.
+    """
 
     family: Family
-    text: CLIPText
+    texts: tuple[CLIPText, ...]
     unet: UNet
     autoencoder: Autoencoder
-    tokenizer: ClipTokenizer
+    tokenizers: tuple[ClipTokenizer, ...]
     device: torch.device
     dtype: torch.dtype
     name: str
-    hash: str
+    hasher: Callable[[], str]
+
+    @cached_property
+    def hash(self) -> str:
+        """The first ten digits of the file's SHA-256, as A1111 writes them into pictures."""
+        return self.hasher()
 
     @property
     def precision(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by their names in `family.parts`."""
+        texts = dict(zip(self.family.text_parts, self.texts, strict=True))
+        return {"unet": self.unet, "autoencoder": self.autoencoder, **texts}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import Upsample, group_norm
+from sfumato.models.layers import Upsample, attend, group_norm
 
 EPS = 1e-6  # of every group norm in the original autoencoder
 
@@ -72,10 +72,14 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the h * w cells, projections as 1 x 1 convolutions."""
+    """Single-head self-attention over the h * w cells, projections as 1 x 1 convolutions.
+
+    `query_rows` bounds the scores (None: not at all): a head as wide as this may be one that a device cannot fuse.
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
+        self.query_rows: int | None = None
         self.norm = group_norm(channels, groups, EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
@@ -85,8 +89,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         z = self.norm(x)
-        q, k, v = (layer(z).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        q, k, v = (layer(z).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        out = attend(q, k, v, num_heads=1, query_rows=self.query_rows)
         return x + self.proj_out(out.transpose(1, 2).reshape(batch, channels, height, width))
 
 

@@ -18,7 +18,10 @@ from sfumato.models.layers import Embedding, attend, check_heads
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """Shape of the text encoder. The defaults are CLIP ViT-L/14's, of SD 1.x: 123,060,480 parameters."""
+    """Shape of the text encoder. The defaults are CLIP ViT-L/14's, of SD 1.x: 123,060,480 parameters.
+
+    `projection` is the width of the pooled text, None where nothing is pooled.
+    """
 
     vocab_size: int = 49408
     width: int = 768
@@ -26,6 +29,7 @@ class CLIPTextConfig:
     num_heads: int = 12
     max_length: int = 77
     quick_gelu: bool = True
+    projection: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class CLIPConfig:
     text: CLIPTextConfig
     vision: CLIPVisionConfig
     embed_dim: int = 768
+
+
+# Radford et al. 2021, SD 1.x and one of XL's two. OpenCLIP (Cherti et al. 2022): H in SD 2.x, G (bigG) in XL.
+CLIP_L_TEXT = CLIPTextConfig()
+OPENCLIP_H_TEXT = CLIPTextConfig(width=1024, num_layers=24, num_heads=16, quick_gelu=False, projection=1024)
+OPENCLIP_G_TEXT = CLIPTextConfig(width=1280, num_layers=32, num_heads=20, quick_gelu=False, projection=1280)
+CLIP_L_VISION = CLIPVisionConfig()
+OPENCLIP_H_VISION = CLIPVisionConfig(width=1280, num_layers=32, num_heads=16, quick_gelu=False)
 
 
 class SelfAttention(nn.Module):
@@ -95,8 +107,9 @@ class TransformerEncoder(nn.Module):
             EncoderLayer(config.width, config.num_heads, config.quick_gelu) for _ in range(config.num_layers)
         )
 
-    def forward(self, x: Tensor, causal: bool, skip_last: int = 0) -> Tensor:
-        for layer in self.layers[: len(self.layers) - skip_last]:
+    def forward(self, x: Tensor, causal: bool, start: int = 0, stop: int | None = None) -> Tensor:
+        """x (B, L, D) through the layers from `start` to before `stop` (None: all that follow)."""
+        for layer in self.layers[start:stop]:
             x = layer(x, causal)
         return x
 
@@ -119,6 +132,11 @@ class TextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 
+def at_end(x: Tensor, ids: Tensor) -> Tensor:
+    """x (B, L, D) -> (B, D) at each sequence's first end token, the highest id of the vocabulary; ids (B, L)."""
+    return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+
+
 class CLIPText(nn.Module):
     """Token ids (B, L <= 77) -> states of every token (B, L, D), the context of cross-attention."""
 
@@ -126,14 +144,36 @@ class CLIPText(nn.Module):
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
+        if config.projection is not None:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor, skip_last: int = 0, final_norm: bool = True) -> Tensor:
-        """States after the last layer but `skip_last` (1: the penultimate), normalised unless `final_norm` is off."""
+        """States after the last layer but `skip_last` (1: the penultimate), normalised unless `final_norm` is off.
+
+        ValueError where the encoder has not that many layers.
+        """
+        x = self._states(ids, skip_last)
+        return self.text_model.final_layer_norm(x) if final_norm else x
+
+    def forward_pooled(self, ids: Tensor, skip_last: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the pooled text (B, projection); each layer runs once.
+
+        Pooled is the last layer's state at the first end token, normalised and projected, whatever `skip_last` and
+        `final_norm` are (Podell et al. 2023, section 2.1). ValueError also where the config has no `projection`.
+        """
+        if self.config.projection is None:
+            raise ValueError("projection=None: this text encoder gives no pooled text")
+        x = self._states(ids, skip_last)
+        last = self.text_model.encoder(x, causal=True, start=self.config.num_layers - skip_last)
+        pooled = self.text_projection(self.text_model.final_layer_norm(at_end(last, ids)))
+        return self.text_model.final_layer_norm(x) if final_norm else x, pooled
+
+    def _states(self, ids: Tensor, skip_last: int) -> Tensor:
         num_layers = self.config.num_layers
         if not 0 <= skip_last < num_layers:
             raise ValueError(f"skip_last={skip_last}: this text encoder allows 0 to {num_layers - 1}")
-        x = self.text_model.encoder(self.text_model.embeddings(ids), causal=True, skip_last=skip_last)
-        return self.text_model.final_layer_norm(x) if final_norm else x
+        embedded = self.text_model.embeddings(ids)
+        return self.text_model.encoder(embedded, causal=True, stop=num_layers - skip_last)
 
 
 class VisionEmbeddings(nn.Module):
@@ -167,6 +207,8 @@ class CLIP(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
+        if config.text.projection not in (None, config.embed_dim):
+            raise ValueError(f"projection={config.text.projection}: the towers share embed_dim={config.embed_dim}")
         self.config = config
         self.text_model = TextModel(config.text)
         self.vision_model = VisionModel(config.vision)
@@ -188,9 +230,8 @@ class CLIP(nn.Module):
 
     def text_features(self, ids: Tensor) -> Tensor:
         """ids (B, L); each sequence is read at its first end token, the highest id of the vocabulary."""
-        x = self.text_model.final_layer_norm(self.text_model.encoder(self.text_model.embeddings(ids), causal=True))
-        pooled = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
-        return F.normalize(self.text_projection(pooled), dim=-1)
+        x = at_end(self.text_model.encoder(self.text_model.embeddings(ids), causal=True), ids)
+        return F.normalize(self.text_projection(self.text_model.final_layer_norm(x)), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """images (B, 3, S, S), already normalised to the mean and deviation that the tower was trained with."""

@@ -13,18 +13,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False, query_rows: int | None = None
+) -> Tensor:
     """Multi-head attention, softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
 
-    q (B, L, D), k and v (B, M, D), D divisible by num_heads; causal hides later tokens. Returns (B, L, D).
+    q (B, L, D), k and v (B, M, D), D divisible by num_heads; causal hides later tokens. Returns (B, L, D). With
+    `query_rows` the scores, where a device holds them, are never more than (B, heads, query_rows, M) at a time.
     """
     batch, length, width = q.shape
 
     def split(z: Tensor) -> Tensor:
         return z.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=causal)
-    return out.transpose(1, 2).reshape(batch, length, width)
+    q, k, v = split(q), split(k), split(v)
+    if query_rows is None or length <= query_rows:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    else:
+        out = _attend_in_parts(q, k, v, causal, query_rows)
+    return out.reshape(batch, length, width)
+
+
+def attention_map(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+    """The weights of `attend`, softmax(q k^T / sqrt(d)): q (B, L, D) and k (B, M, D) -> (B, heads, L, M) float32."""
+    batch, _, width = q.shape
+    size = width // num_heads
+    q, k = (z.float().view(batch, -1, num_heads, size).transpose(1, 2) for z in (q, k))
+    return (q @ k.transpose(2, 3) * size**-0.5).softmax(dim=-1)
+
+
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, causal: bool, query_rows: int) -> Tensor:
+    """Attention of q (B, n, L, d), some rows after others: (B, L, n, d)."""
+    parts, start = [], 0
+    for part in q.split(query_rows, dim=2):
+        rows = part.shape[2]
+        mask = q.new_ones(rows, k.shape[2], dtype=torch.bool).tril(start) if causal else None
+        parts.append(F.scaled_dot_product_attention(part, k, v, attn_mask=mask).transpose(1, 2))
+        start += rows
+    return torch.cat(parts, dim=1)
+
+
+def slice_attention(network: nn.Module, query_rows: int | None) -> None:
+    """Bound the scores of a network's attentions over picture cells to so many query rows at a time; None: no bound.
+
+    Reaches every module that has an attribute `query_rows`. ValueError below 1.
+    """
+    if query_rows is not None and query_rows < 1:
+        raise ValueError(f"query_rows={query_rows}: 1 or more are needed, or None")
+    for module in network.modules():
+        if hasattr(module, "query_rows"):
+            module.query_rows = query_rows  # type: ignore[assignment]
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -6,13 +6,24 @@ of noise schedules or of what it predicts. Names as in `model.diffusion_model.*`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import Upsample, attend, check_heads, group_norm, timestep_embedding, zero
+from sfumato.models.freeu import free_u
+from sfumato.models.layers import (
+    Embedding,
+    Upsample,
+    attend,
+    attention_map,
+    check_heads,
+    group_norm,
+    timestep_embedding,
+    zero,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,9 @@ class UNetConfig:
     """Shape of the U-Net. The defaults are Stable Diffusion 1.x: 859,520,964 parameters.
 
     `transformer_depth` gives the transformer blocks a resolution (0: none); `head_channels`, where given, replaces
-    `num_heads`. `vector_dim` is the width of the pooled vector of SD XL, None where the family has none.
+    `num_heads`. The U-Net is told one more thing where `vector_dim` (the width of SD XL's pooled vector) or
+    `num_classes` (the noise levels of the SD 2.0 upscaler) is given. `cross_only` marks the resolutions whose first
+    attention, too, reads the context instead of x: one entry each, or none at all.
     """
 
     in_channels: int = 4
@@ -36,10 +49,36 @@ class UNetConfig:
     linear_projection: bool = False
     vector_dim: int | None = None
     norm_groups: int = 32
+    num_classes: int | None = None
+    cross_only: tuple[bool, ...] = ()
 
     def heads(self, channels: int) -> int:
         """Attention heads at a width of `channels`."""
         return channels // self.head_channels if self.head_channels else self.num_heads
+
+
+class State(Protocol):
+    """How the U-Net is changed, or looked into, for one call. Blocks have their modules' names, e.g. `middle_block`.
+
+    Self-attention is the identity in the blocks `perturbed` (Ahn et al. 2024), `freeu` is (b1, b2, s1, s2) of Si et
+    al. 2024, and the map of the first self-attention in the block `probe` is wanted.
+    """
+
+    @property
+    def perturbed(self) -> tuple[str, ...]: ...
+    @property
+    def freeu(self) -> tuple[float, float, float, float] | None: ...
+    @property
+    def probe(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks of self-attentions: those that are the identity, and the one whose map goes into `maps`."""
+
+    identity: frozenset[nn.Module]
+    probe: nn.Module | None = None
+    maps: list[Tensor] = field(default_factory=list)
 
 
 class ResBlock(nn.Module):
@@ -64,6 +103,8 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Attention of x to a context, x itself in self-attention. `query_rows` bounds the scores: see `attend`."""
+
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = check_heads(dim, num_heads)
@@ -71,9 +112,16 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.query_rows: int | None = None
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads))
+    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if asked is not None:
+            if self is asked.probe:
+                asked.maps.append(attention_map(q, k, self.num_heads))
+            if self in asked.identity:
+                return self.to_out(v)
+        return self.to_out(attend(q, k, v, self.num_heads, query_rows=self.query_rows))
 
 
 class GEGLU(nn.Module):
@@ -98,18 +146,19 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, context_dim: int, num_heads: int, cross_only: bool) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, num_heads)
+        self.cross_only = cross_only
+        self.attn1 = CrossAttention(dim, context_dim if cross_only else dim, num_heads)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, num_heads)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
         z = self.norm1(x)
-        x = x + self.attn1(z, z)
+        x = x + self.attn1(z, context if self.cross_only else z, asked)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -117,21 +166,21 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the h * w cells, between projections (1 x 1 convolutions, or linear from 2.x on)."""
 
-    def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, depth: int, config: UNetConfig, cross_only: bool = False) -> None:
         super().__init__()
         self.linear = config.linear_projection
         self.norm = group_norm(channels, config.norm_groups, 1e-6)
         self.proj_in = self._projection(channels)
         heads = config.heads(channels)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)
+            TransformerBlock(channels, config.context_dim, heads, cross_only) for _ in range(depth)
         )
         self.proj_out = zero(self._projection(channels))
 
     def _projection(self, channels: int) -> nn.Module:
         return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
         batch, channels, height, width = x.shape
         z = self.norm(x)
         if not self.linear:
@@ -140,7 +189,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             z = self.proj_in(z)
         for block in self.transformer_blocks:
-            z = block(z, context)
+            z = block(z, context, asked)
         if self.linear:
             z = self.proj_out(z)
         z = z.transpose(1, 2).reshape(batch, channels, height, width)
@@ -161,50 +210,77 @@ class Downsample(nn.Module):
 class Block(nn.Sequential):
     """A sequence that hands the time embedding and the context to the parts that want them."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor, asked: Asked | None = None
+    ) -> Tensor:
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, emb)
             elif isinstance(part, SpatialTransformer):
-                x = part(x, context)
+                x = part(x, context, asked)
             else:
                 x = part(x)
         return x
 
 
-class UNet(nn.Module):
-    """(x (B, C_in, h, w), t (B,) in [0, T), context (B, L, D), vector (B, V) or None) -> (B, C_out, h, w).
+def _self_attentions(module: nn.Module) -> list[CrossAttention]:
+    """In order; an attention to the context alone (`cross_only`) is none."""
+    return [part.attn1 for part in module.modules() if isinstance(part, TransformerBlock) and not part.cross_only]
 
-    h and w must be divisible by 2^(levels - 1).
+
+def _check(config: UNetConfig) -> None:
+    """ValueError names a field that does not fit the others."""
+    levels = len(config.channel_mult)
+    if len(config.transformer_depth) != levels:
+        raise ValueError(
+            f"transformer_depth={config.transformer_depth} must have one entry a level of {config.channel_mult}"
+        )
+    if config.cross_only and len(config.cross_only) != levels:
+        raise ValueError(
+            f"cross_only={config.cross_only} must be empty or have one entry a level of {config.channel_mult}"
+        )
+    if config.vector_dim is not None and config.num_classes is not None:
+        raise ValueError(
+            f"vector_dim={config.vector_dim} and num_classes={config.num_classes}: a U-Net takes one of the two"
+        )
+
+
+class UNet(nn.Module):
+    """(x (B, C_in, h, w), t (B,) in [0, T), context (B, L, D), vector) -> (B, C_out, h, w).
+
+    h and w must be divisible by 2^(levels - 1). `vector` is (B, V) float where the config has `vector_dim`, (B,) of
+    integer classes where it has `num_classes`, and not looked at where it has neither. ValueError where one is needed
+    and there is none.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        if len(config.transformer_depth) != len(config.channel_mult):
-            raise ValueError(
-                f"transformer_depth={config.transformer_depth} must have one entry a level of {config.channel_mult}"
-            )
+        _check(config)
         self.config = config
         base, groups, emb_dim = config.channels, config.norm_groups, 4 * config.channels
         self.time_embed = nn.Sequential(nn.Linear(base, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if config.vector_dim is not None:
-            self.label_emb = nn.Sequential(
+            self.label_emb: nn.Module = nn.Sequential(
                 nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             )
+        elif config.num_classes is not None:
+            self.label_emb = Embedding(config.num_classes, emb_dim)
 
-        def level(in_channels: int, out_channels: int, depth: int) -> list[nn.Module]:
-            parts: list[nn.Module] = [ResBlock(in_channels, out_channels, emb_dim, groups)]
+        def level(index: int, in_channels: int) -> list[nn.Module]:
+            width, depth = base * config.channel_mult[index], config.transformer_depth[index]
+            parts: list[nn.Module] = [ResBlock(in_channels, width, emb_dim, groups)]
             if depth:
-                parts.append(SpatialTransformer(out_channels, depth, config))
+                cross_only = bool(config.cross_only) and config.cross_only[index]
+                parts.append(SpatialTransformer(width, depth, config, cross_only))
             return parts
 
         channels = base
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, base, 3, padding=1))])
         skips = [base]
         last = len(config.channel_mult) - 1
-        for index, (mult, depth) in enumerate(zip(config.channel_mult, config.transformer_depth, strict=True)):
+        for index, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(Block(*level(channels, base * mult, depth)))
+                self.input_blocks.append(Block(*level(index, channels)))
                 channels = base * mult
                 skips.append(channels)
             if index < last:
@@ -218,10 +294,9 @@ class UNet(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for index in reversed(range(len(config.channel_mult))):
-            width = base * config.channel_mult[index]
             for number in range(config.num_res_blocks + 1):
-                parts = level(channels + skips.pop(), width, config.transformer_depth[index])
-                channels = width
+                parts = level(index, channels + skips.pop())
+                channels = base * config.channel_mult[index]
                 if index > 0 and number == config.num_res_blocks:
                     parts.append(Upsample(channels, channels))
                 self.output_blocks.append(Block(*parts))
@@ -230,17 +305,64 @@ class UNet(nn.Module):
             group_norm(channels, groups, 1e-5), nn.SiLU(), zero(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        state: State | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`state` changes this call alone; to `maps` the map that it probes is appended, (B, heads, L, L) float32."""
         emb = self.time_embed(timestep_embedding(t, self.config.channels).to(x.dtype))
-        if self.config.vector_dim is not None:
-            if vector is None:
-                raise ValueError(f"vector: this U-Net needs a pooled vector (B, {self.config.vector_dim}), got None")
-            emb = emb + self.label_emb(vector)
+        if self.config.vector_dim is not None or self.config.num_classes is not None:
+            emb = emb + self._label(vector)
+        asked = None if state is None else self._asked(state, [] if maps is None else maps)
         skips: list[Tensor] = []
         for block in self.input_blocks:
-            x = block(x, emb, context)
+            x = block(x, emb, context, asked)
             skips.append(x)
-        x = self.middle_block(x, emb, context)
-        for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
+        x = self.middle_block(x, emb, context, asked)
+        for index, block in enumerate(self.output_blocks):
+            skip = skips.pop()
+            stage = index // (self.config.num_res_blocks + 1)
+            if state is not None and state.freeu is not None and stage < 2:
+                x, skip = free_u(x, skip, b=state.freeu[stage], s=state.freeu[stage + 2])
+            x = block(torch.cat([x, skip], dim=1), emb, context, asked)
         return self.out(x)
+
+    def self_attention_blocks(self) -> tuple[str, ...]:
+        """The blocks that a `State` may name: `input_blocks.1`, `middle_block`, ...; and any module within them."""
+        names = ["middle_block"]
+        for side in ("input_blocks", "output_blocks"):
+            names += [f"{side}.{index}" for index in range(len(getattr(self, side)))]
+        return tuple(name for name in names if _self_attentions(self.get_submodule(name)))
+
+    def _asked(self, state: State, maps: list[Tensor]) -> Asked | None:
+        """The attentions that a state names; ValueError where there are none. None where it leaves them alone."""
+        if not state.perturbed and state.probe is None:
+            return None
+
+        def find(name: str) -> list[CrossAttention]:
+            try:
+                found = _self_attentions(self.get_submodule(name))
+            except AttributeError:
+                found = []
+            if not found:
+                there = ", ".join(self.self_attention_blocks()) or "no block"
+                raise ValueError(f"block={name!r}: this U-Net has no self-attention there, but in {there}")
+            return found
+
+        identity = frozenset[nn.Module](attention for name in state.perturbed for attention in find(name))
+        return Asked(identity, None if state.probe is None else find(state.probe)[0], maps)
+
+    def _label(self, vector: Tensor | None) -> Tensor:
+        """The embedding (B, 4 channels) of the pooled vector or of the class."""
+        classes, width = self.config.num_classes, self.config.vector_dim
+        needed = f"a pooled vector (B, {width})" if classes is None else f"classes (B,) from 0 to {classes - 1}"
+        if vector is None:
+            raise ValueError(f"vector: this U-Net needs {needed}, got None")
+        if (vector.ndim, vector.is_floating_point()) != ((2, True) if classes is None else (1, False)):
+            raise ValueError(f"vector: this U-Net needs {needed}, got {vector.dtype} of shape {tuple(vector.shape)}")
+        return self.label_emb(vector)

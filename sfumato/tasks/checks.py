@@ -2,80 +2,219 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
-from sfumato.diffusion.noise import MAX_SEED
-from sfumato.diffusion.samplers import find_sampler
-from sfumato.diffusion.schedule import SCHEDULES
+from sfumato.diffusion.noise import MAX_SEED, SOURCES
+from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
+from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
-from sfumato.types import Job
+from sfumato.images import UPSCALERS
+from sfumato.prompts.weighting import WEIGHTINGS
+from sfumato.tasks.profiles import find_profile
+from sfumato.types import Hires, Job
 
 MAX_SIDE = 8192  # px; a larger picture is a slip of the keyboard
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000.0
+LATENT_UPSCALERS = ("latent", "latent bilinear", "latent bicubic", "latent nearest")
 
 
-def _require_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:
-    number = not isinstance(value, bool) and isinstance(value, int if whole else (int, float))
-    if not number or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}={value!r}: {kind} from {low:g} to {high:g} is needed")
+class Range(NamedTuple):
+    """What a number may be."""
+
+    low: float
+    high: float
+    whole: bool = False
 
 
-def _require_unicode(name: str, text: str) -> None:
+SIDE = Range(1, MAX_SIDE, whole=True)
+FRACTION = Range(0, 1)
+# Fields that are a number, or None where the job leaves them open.
+RANGES: Mapping[str, Range] = {
+    "guidance": Range(0, MAX_GUIDANCE),
+    "eta": FRACTION,
+    "seed": Range(0, MAX_SEED - MAX_COUNT, whole=True),
+    "count": Range(1, MAX_COUNT, whole=True),
+    "clip_skip": Range(1, 64, whole=True),
+    "variation_seed": Range(0, MAX_SEED - MAX_COUNT, whole=True),
+    "variation_strength": FRACTION,
+    "noise_width": SIDE,
+    "noise_height": SIDE,
+    "ensd": Range(0, 2**40, whole=True),
+    "guidance_start": FRACTION,
+    "guidance_end": FRACTION,
+    "guidance_low": Range(0, 1e4),
+    "guidance_high": Range(0, 1e4),
+    "guidance_thin": Range(0, 1e4),
+    "rescale": FRACTION,
+    "threshold": FRACTION,
+    "mimic": Range(0, MAX_GUIDANCE),
+    "pag": Range(0, MAX_GUIDANCE),
+    "sag": Range(0, MAX_GUIDANCE),
+    "original_width": SIDE,
+    "original_height": SIDE,
+    "crop_left": Range(0, MAX_SIDE, whole=True),
+    "crop_top": Range(0, MAX_SIDE, whole=True),
+    "aesthetic": Range(0, 10),
+    "negative_aesthetic": Range(0, 10),
+}
+REQUIRED = ("seed", "count", "variation_strength", "ensd", "guidance_start", "guidance_end", "guidance_low",
+            "guidance_thin", "rescale", "pag", "sag")  # fmt: skip
+TEXTS = ("prompt", "negative")
+NAMES = ("sampler", "schedule", "weighting", "noise", "like")
+
+
+def require_number(name: str, value: Any, allowed: Range) -> None:
+    """ValueError where a value is no number within the range; NaN is none."""
+    number = not isinstance(value, bool) and isinstance(value, int if allowed.whole else (int, float))
+    if not number or not allowed.low <= value <= allowed.high:
+        kind = "a whole number" if allowed.whole else "a number"
+        raise ValueError(f"{name}={value!r}: {kind} from {allowed.low:g} to {allowed.high:g} is needed")
+
+
+def _require_text(owner: Any, name: str, *, needed: bool) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, str if needed else (str, NoneType)):
+        raise ValueError(f"{name}={value!r}: text is needed")
     try:
-        text.encode("utf-8")
+        (value or "").encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={text!r}: not Unicode text (character {error.start + 1})") from error
+        raise ValueError(f"{name}={value!r}: not Unicode text (character {error.start + 1})") from error
+
+
+def _require_one_of(name: str, value: str | None, names: tuple[str, ...]) -> None:
+    if value is not None and value not in names:
+        raise ValueError(f"{name}={value!r}: one of {', '.join(names)}")
 
 
 def complete(job: Job, family: Family) -> Job:
     """The job with nothing left open. ValueError names the field, its value and what is allowed."""
-    for field, kinds in (
-        ("prompt", str),
-        ("negative", str),
-        ("sampler", (str, NoneType)),
-        ("schedule", (str, NoneType)),
-    ):
-        if not isinstance(getattr(job, field), kinds):
-            raise ValueError(f"{field}={getattr(job, field)!r}: text is needed")
-        _require_unicode(field, getattr(job, field) or "")
-    sampler = find_sampler(job.sampler or family.defaults.sampler)
+    for name in TEXTS:
+        _require_text(job, name, needed=True)
+    for name in NAMES:
+        _require_text(job, name, needed=False)
+    _require_one_of("weighting", job.weighting, WEIGHTINGS)
+    _require_one_of("noise", job.noise, SOURCES)
+    profile = find_profile(job.like)
+    sampler, schedule = resolve(job.sampler or profile.sampler or family.defaults.sampler, job.schedule)
+    if job.schedule is None and profile.schedule is not None and sampler.schedule == "uniform":
+        schedule = profile.schedule
     job = replace(
         job,
-        width=family.size if job.width is None else job.width,
-        height=family.size if job.height is None else job.height,
-        steps=family.defaults.steps if job.steps is None else job.steps,
-        guidance=family.defaults.guidance if job.guidance is None else job.guidance,
+        width=_first(job.width, family.size),
+        height=_first(job.height, family.size),
+        steps=_first(job.steps, profile.steps, family.defaults.steps),
+        guidance=_first(job.guidance, profile.guidance, family.defaults.guidance),
         sampler=sampler.name,
-        schedule=job.schedule or sampler.schedule,
+        schedule=schedule,
+        weighting=_first(job.weighting, profile.weighting),
+        noise=_first(job.noise, profile.noise),
+        hires=None if job.hires is None else _complete_hires(job.hires, sampler),
     )
+    _check_numbers(job, family)
+    job = _check_options(job, sampler)
+    sampling_sigmas(schedule, NoiseSchedule(family.schedule), int(job.steps or 1))  # some schedules allow few steps
+    return job
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _check_numbers(job: Job, family: Family) -> None:
     for side in ("width", "height"):
-        _require_number(side, getattr(job, side), family.size_step, MAX_SIDE, whole=True)
+        require_number(side, getattr(job, side), Range(family.size_step, MAX_SIDE, whole=True))
         if getattr(job, side) % family.size_step:
             raise ValueError(f"{side}={getattr(job, side)}: a multiple of {family.size_step} is needed")
-    _require_number("steps", job.steps, 1, min(MAX_STEPS, family.schedule.num_timesteps - 1), whole=True)
-    _require_number("guidance", job.guidance, -MAX_GUIDANCE, MAX_GUIDANCE, whole=False)
-    _require_number("seed", job.seed, 0, MAX_SEED - MAX_COUNT, whole=True)
-    _require_number("count", job.count, 1, MAX_COUNT, whole=True)
-    if job.eta is not None:
-        _require_number("eta", job.eta, 0, 1, whole=False)
-        if not sampler.takes_eta:
-            if job.eta != 0:
-                raise ValueError(f"eta={job.eta}: the sampler {sampler.name} has none")
-            job = replace(job, eta=None)
-    if job.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={job.schedule!r}: one of {', '.join(SCHEDULES)}")
-    return job
+    require_number("steps", job.steps, Range(1, min(MAX_STEPS, family.schedule.num_timesteps - 1), whole=True))
+    for name, allowed in RANGES.items():
+        value = getattr(job, name)
+        if value is not None or name in REQUIRED:
+            require_number(name, value, allowed)
+    if job.guidance_start >= job.guidance_end:
+        raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
+    if job.guidance_high is not None and job.guidance_high <= job.guidance_low:
+        raise ValueError(f"guidance_high={job.guidance_high}: more than guidance_low={job.guidance_low} is needed")
+    if job.threshold == 0:
+        raise ValueError("threshold=0: more than 0 is needed")
+    if job.freeu is not None:
+        if not isinstance(job.freeu, (tuple, list)) or len(job.freeu) != 4:
+            raise ValueError(f"freeu={job.freeu!r}: four numbers are needed, b1, b2, s1, s2")
+        for value in job.freeu:
+            require_number("freeu", value, Range(1e-3, 100))
+    if job.variation_strength and job.variation_seed is None:
+        raise ValueError(f"variation_strength={job.variation_strength}: variation_seed is needed too")
+    if (job.noise_width is None) != (job.noise_height is None):
+        raise ValueError(f"noise_width={job.noise_width}, noise_height={job.noise_height}: both or none are needed")
+
+
+def _check_options(job: Job, sampler: Sampler) -> Job:
+    """The sampler's options, eta among them; an eta of 0 is dropped where the sampler has none."""
+    if not isinstance(job.options, dict):
+        raise ValueError(f"options={job.options!r}: names with numbers are needed")
+    for name, value in job.options.items():
+        if name not in sampler.options or name == "eta":
+            allowed = ", ".join(sorted(sampler.options - {"eta"})) or "none"
+            raise ValueError(f"options: {sampler.name} has no {name!r}; it has {allowed}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ValueError(f"options: {name}={value!r}: a number is needed")
+    if job.eta is None or sampler.takes_eta:
+        return job
+    if job.eta != 0:
+        raise ValueError(f"eta={job.eta}: the sampler {sampler.name} has none")
+    return replace(job, eta=None)
+
+
+def _complete_hires(hires: Any, sampler: Sampler) -> Hires:
+    """The second pass with its numbers and names checked."""
+    if not isinstance(hires, Hires):
+        raise ValueError(f"hires={hires!r}: a Hires is needed")
+    for name in ("prompt", "negative", "sampler", "schedule"):
+        _require_text(hires, name, needed=False)
+    require_number("hires.scale", hires.scale, Range(1, 8))
+    require_number("hires.strength", hires.strength, FRACTION)
+    if hires.steps is not None:
+        require_number("hires.steps", hires.steps, Range(1, MAX_STEPS, whole=True))
+    if hires.guidance is not None:
+        require_number("hires.guidance", hires.guidance, Range(0, MAX_GUIDANCE))
+    _require_one_of("hires.upscaler", hires.upscaler, (*LATENT_UPSCALERS, *UPSCALERS))
+    if hires.sampler is None and hires.schedule is None:
+        return hires
+    found, schedule = resolve(hires.sampler or sampler.name, hires.schedule)
+    return replace(hires, sampler=found.name, schedule=schedule)
+
+
+def sampler_of(job: Job) -> Sampler:
+    """The sampler of a complete job."""
+    return find_sampler(str(job.sampler))
 
 
 def job_from_dict(values: dict[str, Any]) -> Job:
     """A Job from plain JSON; ValueError for a field that no Job has."""
-    known = {field.name for field in fields(Job)}
+    _require_fields(values, Job)
+    values = dict(values)
+    if isinstance(values.get("hires"), dict):
+        _require_fields(values["hires"], Hires, "hires.")
+        values["hires"] = Hires(**values["hires"])
+    if isinstance(values.get("freeu"), list):
+        values["freeu"] = tuple(values["freeu"])
+    return Job(**values)
+
+
+def _require_fields(values: dict[str, Any], kind: type[Any], prefix: str = "") -> None:
+    known = {field.name for field in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such field of a job; there are {', '.join(sorted(known))}")
-    return Job(**values)
+        raise ValueError(f"{prefix}{unknown[0]}: no such field of a job; there are {', '.join(sorted(known))}")
+
+
+def job_to_dict(job: Job) -> dict[str, Any]:
+    """Plain JSON of a job: only what differs from an empty one."""
+    empty = Job()
+    return {name: value for name, value in dataclasses.asdict(job).items() if value != getattr(empty, name)}

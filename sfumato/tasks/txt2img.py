@@ -1,57 +1,145 @@
-"""Text to image: a complete Job -> the run that draws its latents, and the latents -> pictures."""
+"""Text to image: a complete Job -> runs of the engine, whose results are the pictures' latents."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.guidance import ClassifierFree
-from sfumato.diffusion.noise import SeededNoise
-from sfumato.diffusion.samplers import find_sampler
+from sfumato.diffusion.guidance import Guidance
+from sfumato.diffusion.noise import Noise, NoiseSpec, SeededNoise
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.engine import Run, Watch
 from sfumato.families import Model
-from sfumato.prompts.encode import encode
+from sfumato.tasks.checks import sampler_of
+from sfumato.tasks.profiles import find_profile
+from sfumato.tasks.telling import guidance_of
 from sfumato.types import Job
 
 
+def noise_spec(job: Job, model: Model) -> NoiseSpec:
+    """How a complete job's noise is drawn."""
+    factor = model.family.autoencoder.factor
+    resize_from = None
+    if job.noise_width is not None and job.noise_height is not None:
+        resize_from = (max(1, job.noise_height // factor), max(1, job.noise_width // factor))
+    source = str(job.noise or "cpu")
+    return NoiseSpec(source, job.variation_seed, job.variation_strength, resize_from, job.ensd)
+
+
 def seeds_of(job: Job) -> tuple[int, ...]:
-    """The seed of each picture."""
+    """The seed of each picture: seed + i, but all the same where their variation seeds differ."""
+    if job.variation_strength > 0:
+        return (job.seed,) * job.count
     return tuple(range(job.seed, job.seed + job.count))
 
 
 def sigmas_of(job: Job, model: Model) -> list[float]:
     """The noise levels that a complete job visits, falling."""
-    return sampling_sigmas(str(job.schedule), NoiseSchedule(model.family.schedule), int(job.steps or 1))
+    table = "sdxl" if model.family.size_cond else "sd1"
+    schedule = NoiseSchedule(model.family.schedule)
+    return sampling_sigmas(
+        str(job.schedule), schedule, int(job.steps or 1), discard=sampler_of(job).discard, table=table
+    )
 
 
-@torch.inference_mode()
-def start(job: Job, model: Model, watch: Watch | None = None) -> Run:
-    """The run of a complete job, not yet begun; its result is x at the last noise level."""
-    family, sampler = model.family, find_sampler(str(job.sampler))
-    factor = family.autoencoder.factor
-    shape = (family.autoencoder.latent_channels, int(job.height or 0) // factor, int(job.width or 0) // factor)
-    noise = SeededNoise(seeds_of(job), shape, model.device)
-    sigmas = sigmas_of(job, model)
-    options = {} if job.eta is None else {"eta": job.eta}
+def latent_shape(job: Job, model: Model) -> tuple[int, int, int]:
+    """(C, h, w) of one picture of a complete job."""
+    factor = model.family.autoencoder.factor
+    height, width = size_of(job)
+    return (model.family.autoencoder.latent_channels, height // factor, width // factor)
+
+
+class OneGenerator(SeededNoise):
+    """Noise of all pictures, (B, C, h, w) a draw, from one generator of one seed, as other programs draw a batch."""
+
+    def __init__(self, seed: int, count: int, shape: tuple[int, int, int], device: torch.device, source: str) -> None:
+        channels, height, width = shape
+        super().__init__([seed], (count * channels, height, width), device, NoiseSpec(source))
+        self._split = (count, *shape)
+
+    def __call__(self) -> Tensor:
+        return super().__call__().reshape(self._split)
+
+    def between(self, sigma: float, sigma_next: float) -> Tensor:
+        return super().between(sigma, sigma_next).reshape(self._split)
+
+
+def spec_of(spec: NoiseSpec, index: int) -> NoiseSpec:
+    """The spec of picture `index` alone: its own variation seed."""
+    if spec.variation_seed is None:
+        return spec
+    return NoiseSpec(spec.source, spec.variation_seed + index, spec.variation_strength, spec.resize_from, spec.ensd)
+
+
+def sampler_options(job: Job, model: Model) -> dict[str, Any]:
+    """The keyword arguments of a complete job's sampler."""
+    options: dict[str, Any] = dict(job.options)
+    if job.eta is not None:
+        options["eta"] = job.eta
+    if sampler_of(job).takes_schedule:
+        options["noise_schedule"] = NoiseSchedule(model.family.schedule)
+    return options
+
+
+def run_of(job: Job, model: Model, plan: Guidance, noise: Noise, watch: Watch | None = None) -> Run:
+    """One run of all the pictures that `noise` is for."""
+    sampler, sigmas = sampler_of(job), sigmas_of(job, model)
     x = noise() * sampler.start_scale(sigmas[0])
-    scale = float(job.guidance or 0.0)
-    texts = [job.prompt] if scale == 1.0 else [job.prompt, job.negative]
-    conds = [encode(model.text, model.tokenizer, [text], family.skip_last, family.pad_token) for text in texts]
-    guidance = ClassifierFree(conds[0], conds[1] if len(conds) > 1 else None, scale)
-    return Run(sampler.run(x, sigmas, noise, **options), guidance, watch)
+    return Run(sampler.run(x, sigmas, noise, **sampler_options(job, model)), plan, sigmas, watch)
 
 
 @torch.inference_mode()
-def decode(latents: Tensor, last_sigma: float, model: Model, max_pictures: int = 4) -> Tensor:
-    """Final x (B, C, h, w) at `last_sigma` -> images (B, 3, H, W) about [-1, 1], `max_pictures` at a time.
+def start(job: Job, model: Model, watch: Watch | None = None, *, noise: Noise | None = None) -> Run:
+    """The run of all pictures of a complete job, not yet begun; its result is x (B, C, h, w) at the last noise level.
 
-    A schedule that ends above 0 ends in variance-preserving scale, as the original DDIM does. ValueError where a
-    number overflowed or the weights hold none.
+    `noise`, for as many pictures as the job has, replaces that of its seeds.
     """
-    z = latents * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
-    z = z.to(model.dtype, memory_format=torch.channels_last)
-    images = torch.cat([model.autoencoder.decode(part).float() for part in z.split(max_pictures)])
-    if not images.isfinite().all():
-        raise ValueError(f"precision={model.precision!r}: the picture is not finite; 'full' may mend it")
-    return images
+    plan = guidance_of(job, model, blank(model, size_of(job)))
+    return run_of(job, model, plan, noise_of(job, model) if noise is None else noise, watch)
+
+
+def noise_of(job: Job, model: Model) -> Noise:
+    """The noise of all pictures of a complete job: picture i has its own generator, or all have one."""
+    shape, spec = latent_shape(job, model), noise_spec(job, model)
+    if find_profile(job.like).one_generator and not spec.varies:
+        return OneGenerator(job.seed, job.count, shape, model.device, spec.source)
+    return SeededNoise(seeds_of(job), shape, model.device, spec, sigmas_of(job, model))
+
+
+@torch.inference_mode()
+def starts(job: Job, model: Model, watch: Watch | None = None) -> list[Run]:
+    """A run for each picture of a complete job, so that the engine may batch them as it likes.
+
+    Pictures of one generator stay together in one run.
+    """
+    plan = guidance_of(job, model, blank(model, size_of(job)))
+    shape, spec = latent_shape(job, model), noise_spec(job, model)
+    if find_profile(job.like).one_generator and not spec.varies:
+        return [run_of(job, model, plan, noise_of(job, model), watch)]
+    runs = []
+    for index, seed in enumerate(seeds_of(job)):
+        noise = SeededNoise([seed], shape, model.device, spec_of(spec, index), sigmas_of(job, model))
+        runs.append(run_of(job, model, plan, noise, watch))
+    return runs
+
+
+def size_of(job: Job) -> tuple[int, int]:
+    """(height, width) of a complete job, in pixels."""
+    return int(job.height or 0), int(job.width or 0)
+
+
+def blank(model: Model, size: tuple[int, int]) -> Tensor | None:
+    """What an inpainting U-Net sees beside x where all (height, width) is to be drawn; None for most families.
+
+    A mask of ones, then the latents of a grey picture. ValueError where a family cannot draw from words alone.
+    """
+    family = model.family
+    if family.concat is None:
+        return None
+    if family.concat != "inpaint":
+        raise ValueError(f"ckpt: {model.name!r} ({family.name}) draws from a picture, not from words alone")
+    grey = torch.zeros(1, 3, *size, device=model.device, dtype=model.dtype)
+    latents = model.autoencoder.encode(grey).mean * family.latent_scale
+    return torch.cat([torch.ones_like(latents[:, :1]), latents], dim=1)

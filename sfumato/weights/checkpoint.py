@@ -1,116 +1,157 @@
-"""Single-file checkpoints in the original layout <-> the modules of a Model. Strict: nothing is dropped unsaid.
+"""Checkpoints, single files and folders alike: opening them, loading a Model from them, writing one. Strict.
 
-Knows prefixes and the few buffers that old files carry; foreign layouts have their own key tables.
+Opening reads names and shapes only. Loading builds the networks on "meta" and fills them tensor by tensor from a
+memory map, so that nothing is in memory twice. Layouts, families and files have modules of their own.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sfumato.families import Family, Model, detect
-from sfumato.models.autoencoder import Autoencoder
-from sfumato.models.clip import CLIPText
+from sfumato.families import Family, Model
 from sfumato.models.tokenizer import ClipTokenizer
-from sfumato.models.unet import UNet
-from sfumato.weights.files import file_hash, load_safetensors, save_safetensors
+from sfumato.weights import original_layout
+from sfumato.weights.diffusers_layout import autoencoder_keys
+from sfumato.weights.files import file_hash, open_tensors, save_safetensors
+from sfumato.weights.folder import folder_hash, open_component, open_folder
+from sfumato.weights.parts import Checkpoint, Pool, build, match, shapes_of
+from sfumato.weights.placing import fill
+from sfumato.weights.single_file import open_file
+from sfumato.weights.tables import Place, to_layout
 
 log = logging.getLogger(__name__)
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "autoencoder": "first_stage_model.",
-    "text": "cond_stage_model.transformer.",
-}
-# Known and rightly unused: schedules (recomputed), position ids, training weights of the autoencoder's loss, EMA twins.
-IGNORED_NAMES = {
-    "alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "logvar", "model_ema.decay",
-    "model_ema.num_updates", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-    "posterior_variance", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "cond_stage_model.transformer.text_model.embeddings.position_ids",
-}  # fmt: skip
-IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.")
+
+def open_checkpoint(
+    path: str | Path,
+    family: Family | None = None,
+    use_ema: bool = False,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+) -> Checkpoint:
+    """Read what a checkpoint holds, without its data. Every ValueError begins with the file's name.
+
+    `family` overrides what is detected, `use_ema` takes the averaged U-Net of a full training file, `vae` is a file or
+    folder to take the autoencoder from, `variant` names a folder's files ("fp16").
+    """
+    path = Path(path)
+    if path.is_dir():
+        opened = open_folder(path, family, variant)
+        if use_ema:
+            raise ValueError(f"ckpt={str(path)!r}: use_ema: a diffusers folder holds one set of weights")
+    else:
+        opened = open_file(path, family, use_ema)
+    if vae is not None:
+        _take_autoencoder(opened, Path(vae), variant)
+    return opened
 
 
-def build(family: Family) -> dict[str, nn.Module]:
-    """A family's three networks, randomly initialised, by the names of PREFIXES."""
-    return {"unet": UNet(family.unet), "autoencoder": Autoencoder(family.autoencoder), "text": CLIPText(family.text)}
-
-
-def place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a network, its convolutions' weights in channels-last order, which is faster on CPUs and tensor cores."""
-    return module.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _rightly_unused(name: str) -> bool:
-    return name in IGNORED_NAMES or name.startswith(IGNORED_PREFIXES)
-
-
-def split(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's tensors by network. ValueError names the first missing, misshapen or unknown tensor."""
-    used: dict[str, dict[str, Tensor]] = {}
-    rest = {name for name in tensors if not _rightly_unused(name)}
-    for part, module in parts.items():
-        used[part] = {}
-        for name, expected in module.state_dict().items():
-            full = PREFIXES[part] + name
-            if full not in tensors:
-                raise ValueError(f"the tensor {full} is missing")
-            shape = tuple(tensors[full].shape)
-            if shape != tuple(expected.shape):
-                raise ValueError(f"the tensor {full} has shape {shape}, expected {tuple(expected.shape)}")
-            if not tensors[full].is_floating_point():
-                raise ValueError(f"the tensor {full} is {tensors[full].dtype}: floating point is needed")
-            used[part][name] = tensors[full]
-            rest.discard(full)
-    if rest:
-        raise ValueError(f"{len(rest)} tensors belong to no network of the family, first {min(rest)}")
-    return used
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Load a checkpoint; every ValueError begins with the file's name."""
-    path, device = Path(path), torch.device(device)
-    tensors, header = load_safetensors(path)
+def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -> None:
+    """Replace the checkpoint's autoencoder by that of another file or folder, in whichever layout."""
+    family = checkpoint.family
+    shapes = shapes_of(family)["autoencoder"]
     try:
-        family = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()}, header)
-        with torch.device("meta"):
-            parts = build(family)
-        for part, state in split(tensors, parts).items():
-            parts[part].load_state_dict(state, strict=True, assign=True)
-        tokenizer = ClipTokenizer(family.text.vocab_size)
+        if path.is_dir():
+            inner = path if (path / "vae").is_dir() else path.parent
+            pool: Pool = open_component(inner, "vae" if inner == path else path.name, variant)
+            table = autoencoder_keys(family.autoencoder)
+        else:
+            file = open_tensors(path)
+            prefix = original_layout.AUTOENCODER
+            pool = {name.removeprefix(prefix): (file, name) for name in file.names()}
+            diffusers = any(name.startswith("encoder.down_blocks.") for name in pool)
+            table = autoencoder_keys(family.autoencoder) if diffusers else {name: Place(name) for name in shapes}
+        taken = Checkpoint(path, "autoencoder", checkpoint.detection, {})
+        match(taken, "autoencoder", pool, table, shapes)
+        if problems := taken.problems():
+            raise ValueError(f"it does not hold {family.name}'s autoencoder: {problems[0]}")
     except ValueError as error:
-        raise ValueError(f"ckpt={str(path)!r}: {error}") from error
-    ignored = sum(map(_rightly_unused, tensors))
-    log.info("%s: family %s, %d tensors read, %d known ones unused", path.name, family.name, len(tensors), ignored)
-    for module in parts.values():
-        place(module, device, dtype).eval().requires_grad_(False)
+        text = str(error)
+        raise ValueError(
+            text.replace("ckpt=", "vae=", 1) if text.startswith("ckpt=") else f"vae={str(path)!r}: {text}"
+        ) from error
+    checkpoint.parts["autoencoder"] = taken.parts["autoencoder"]
+    checkpoint.missing.pop("autoencoder", None)
+    checkpoint.misshapen = [text for text in checkpoint.misshapen if original_layout.AUTOENCODER not in text]
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: Family | None = None,
+    use_ema: bool = False,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Load a checkpoint (arguments as in `open_checkpoint`); every ValueError begins with the file's name."""
+    path, device = Path(path), torch.device(device)
+    checkpoint = open_checkpoint(path, family, use_ema, vae, variant)
+    if problems := checkpoint.problems():
+        more = f" (and {len(problems) - 1} more: sfumato inspect)" if len(problems) > 1 else ""
+        raise ValueError(f"ckpt={str(path)!r}: as {checkpoint.family.name}, {problems[0]}{more}")
+    report(checkpoint, use_ema)
+    return model_of(checkpoint, device, dtype)
+
+
+def report(checkpoint: Checkpoint, use_ema: bool = False) -> None:
+    """Log what was decided of a checkpoint, and why."""
+    name, found = checkpoint.path.name, checkpoint.detection
+    log.info("%s: family %s (%s), %s", name, found.family.name, found.why, checkpoint.layout)
+    if not found.sure:
+        log.warning("%s: taken for %s; if pictures are wrong, name the family with --family", name, found.family.name)
+    if checkpoint.has_ema:
+        log.info("%s: the %s weights are used", name, "averaged (EMA)" if use_ema else "plain, not the averaged,")
+    if checkpoint.unused:
+        log.info("%s: %d known tensors rightly unused", name, len(checkpoint.unused))
+
+
+def model_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
+    """Build and fill the networks of a checkpoint that has no problems."""
+    family = checkpoint.family
+    with torch.device("meta"):
+        parts = build(family)
+    for part, module in parts.items():
+        fill(module, checkpoint.parts[part], device, dtype)
+    path = checkpoint.path
+    files = {str(source.file.path): source.file.path for part in checkpoint.parts.values() for source in part.values()}
     return Model(
         family=family,
-        text=parts["text"],  # type: ignore[arg-type]
+        texts=tuple(parts[part] for part in family.text_parts),  # type: ignore[misc]
         unet=parts["unet"],  # type: ignore[arg-type]
         autoencoder=parts["autoencoder"],  # type: ignore[arg-type]
-        tokenizer=tokenizer,
+        tokenizers=tuple(ClipTokenizer(tower.config.vocab_size) for tower in family.texts),
         device=device,
         dtype=dtype,
-        name=path.stem,
-        hash=file_hash(path),
+        name=path.stem if path.is_file() else path.name,
+        hasher=partial(file_hash, path) if path.is_file() else partial(folder_hash, files),
     )
 
 
 def save_checkpoint(
     path: str | Path, family: Family, parts: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write networks' state dicts ("unet", "autoencoder", "text") as one file, the family in its header."""
-    tensors = {
-        PREFIXES[part] + name: tensor.detach().to(dtype)
-        for part, state in parts.items()
-        for name, tensor in state.items()
-    }
-    with torch.device("meta"):
-        split(tensors, build(family))
+    """Write networks' state dicts, by the names of `family.parts`, as one file in the original layout.
+
+    The family goes into its header. ValueError names a network, tensor or shape that is not the family's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, shapes in shapes_of(family).items():
+        state = {name: tensor.detach().to(dtype) for name, tensor in parts.get(part, {}).items()}
+        for name, tensor in state.items():
+            if name in shapes and tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{part}: the tensor {name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
+        try:
+            tensors |= to_layout(state, original_layout.part_table(family, part, shapes))
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from error
+    if unknown := set(parts) - set(family.parts):
+        raise ValueError(f"{min(unknown)}: no network of the family; there are {', '.join(family.parts)}")
     save_safetensors(path, tensors, {"format": "pt", "sfumato.family": family.to_json()})

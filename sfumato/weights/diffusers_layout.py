@@ -1,25 +1,34 @@
-"""Two-way key tables: the original layout, which our modules are named by, <-> the diffusers folder layout.
+"""The diffusers folder layout: two-way key tables of its networks, older spellings of names, its weight files.
 
-Owns the names of diffusers' UNet2DConditionModel and AutoencoderKL and of the CLIPTextModel beside them. The tables
-follow from the configs; the keys come from our own modules on the meta device, so that none can be forgotten.
-Knows no file. Ours is on the left of every table, theirs on the right, without prefixes of a whole network.
+Owns the names of diffusers' UNet2DConditionModel and AutoencoderKL and of transformers' CLIPTextModel beside them. The
+tables follow from the configs; the keys come from our own modules on the meta device, so that none can be forgotten.
+Ours is on the left of every table, theirs on the right, without prefixes of a whole network.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.models.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.models.clip import CLIPText, CLIPTextConfig
 from sfumato.models.unet import UNet, UNetConfig
+from sfumato.weights.tables import Change, Place, from_layout, to_layout
+
+log = logging.getLogger(__name__)
+
+to_diffusers, from_diffusers = to_layout, from_layout
 
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",  # of classes; a pooled vector has two linear layers instead
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
@@ -47,11 +56,19 @@ AUTOENCODER_HALF = {
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
 }
-# 1 x 1 convolutions (C, C, 1, 1) here, linear layers (C, C) there.
-CONV_HERE = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")
+POINTWISE = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")  # by our names
+
+# diffusers before 0.15 named the autoencoder's attention so.
+OLD_ATTENTION = re.compile(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+BARE_TEXT = re.compile(r"(embeddings|encoder|final_layer_norm)\.")  # as transformers 5 writes a CLIPTextModel
+POSITION_IDS = "text_model.embeddings.position_ids"  # 0 to 76; older transformers stored them
+
+STEMS = {"safetensors": "model", "bin": "pytorch_model"}  # of transformers; diffusers has one for both:
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
-def unet_keys(config: UNetConfig) -> dict[str, str]:
+def unet_keys(config: UNetConfig) -> dict[str, Place]:
     """Ours -> theirs for every tensor of the U-Net."""
     modules = dict(UNET_ENDS)
 
@@ -90,7 +107,7 @@ def unet_keys(config: UNetConfig) -> dict[str, str]:
         return _keys(UNet(config), modules)
 
 
-def autoencoder_keys(config: AutoencoderConfig) -> dict[str, str]:
+def autoencoder_keys(config: AutoencoderConfig) -> dict[str, Place]:
     """Ours -> theirs for every tensor of the autoencoder. Our decoder counts levels from the finest, theirs from
     the coarsest."""
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
@@ -109,47 +126,107 @@ def autoencoder_keys(config: AutoencoderConfig) -> dict[str, str]:
         return _keys(Autoencoder(config), modules)
 
 
-def text_keys(config: CLIPTextConfig, prefix: str = "text_model.") -> dict[str, str]:
+def text_keys(config: CLIPTextConfig, prefix: str = "text_model.", num_layers: int | None = None) -> dict[str, Place]:
     """Ours -> theirs for every tensor of the text encoder: the same names in the published files.
 
-    A CLIPTextModel of transformers 5 has them with the prefix "", in memory and in the files that it writes.
+    A CLIPTextModel of transformers 5 has them with the prefix "", in memory and in the files that it writes. With
+    `num_layers`, only that many layers are stored, and no projection: what no later layer feeds a plain CLIPTextModel.
     """
     with torch.device("meta"):
-        names = CLIPText(config).state_dict()
-    return {name: prefix + name.removeprefix("text_model.") for name in names}
+        names = list(CLIPText(config).state_dict())
+    if num_layers is not None:
+        layer = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
+        number = {name: int(found[1]) if (found := layer.match(name)) else 0 for name in names}
+        names = [name for name in names if number[name] < num_layers and name != "text_projection.weight"]
+    return {name: Place(re.sub(r"^text_model\.", prefix, name)) for name in names}
 
 
-def _keys(module: nn.Module, modules: Mapping[str, str]) -> dict[str, str]:
+def _keys(module: nn.Module, modules: Mapping[str, str]) -> dict[str, Place]:
     """Every tensor's name with its longest leading part that is in `modules` replaced."""
-    keys: dict[str, str] = {}
+    keys: dict[str, Place] = {}
     for name in module.state_dict():
         ours = name.rpartition(".")[0]
         while ours not in modules:
             if not ours:
                 raise ValueError(f"the tensor {name} has no place in the diffusers layout")
             ours = ours.rpartition(".")[0]
-        keys[name] = modules[ours] + name.removeprefix(ours)
+        change = Change.POINTWISE if POINTWISE.search(name) else Change.SAME
+        keys[name] = Place(modules[ours] + name.removeprefix(ours), change)
     return keys
 
 
-def to_diffusers(state: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """A network's tensors by our names -> the same by theirs; ValueError names the first missing or unknown one."""
-    _check(state, keys)
-    return {theirs: state[ours].flatten(1) if CONV_HERE.search(ours) else state[ours] for ours, theirs in keys.items()}
+def canonical(component: str, name: str) -> str:
+    """A stored name of a component ("vae", "text_encoder", ...) as the tables spell it."""
+    if component.startswith("text_encoder"):
+        return f"text_model.{name}" if BARE_TEXT.match(name) else name
+    old = OLD_ATTENTION.fullmatch(name)  # a U-Net has no such names
+    return f"{old[1]}.{NEW_ATTENTION[old[2]]}.{old[3]}" if old else name
 
 
-def from_diffusers(state: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`, with the same strictness."""
-    _check(state, keys.values())
-    return {
-        ours: state[theirs][:, :, None, None] if CONV_HERE.search(ours) else state[theirs]
-        for ours, theirs in keys.items()
-    }
+def rightly_unused(component: str, name: str) -> bool:
+    """Whether a tensor that is in no network is known, and rightly so; any spelling of its name."""
+    return component.startswith("text_encoder") and canonical(component, name) == POSITION_IDS
 
 
-def _check(state: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    expected = set(names)
-    if missing := expected - set(state):
-        raise ValueError(f"the tensor {min(missing)} is missing")
-    if unknown := set(state) - expected:
-        raise ValueError(f"{len(unknown)} tensors are unknown in this layout, first {min(unknown)}")
+def component_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
+    """The weight files of a folder's component: one, or all shards of one; `variant` is e.g. "fp16".
+
+    Without a variant the plain files, or else the only variant there is. ValueError says what was looked for. What is
+    not named text_encoder... has diffusers' file names, also an autoencoder alone in a folder of another name.
+    """
+    found = _weights(folder / component, component)
+    chosen = variant
+    if variant is None and found and None not in found:
+        if len(found) > 1:
+            raise ValueError(
+                f"ckpt={str(folder)!r}: {component} has no plain weights; variant must be one of {_names(found)}"
+            )
+        (chosen,) = found
+        log.info("%s: %s has only the variant %s, which is taken", folder.name, component, chosen)
+    if chosen not in found:
+        stem = _stem(component, "safetensors")
+        wanted = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        raise ValueError(
+            f"ckpt={str(folder)!r}: the {component} has no weights: looked for {component}/{wanted}, its shards and "
+            f".bin; there {f'are {_names(found)}' if found else 'is none'}"
+        )
+    path = min(found[chosen], key=lambda path: (".safetensors" not in path.name, path.suffix == ".json"))
+    return _shards(folder, path) if path.suffix == ".json" else [path]
+
+
+def _stem(component: str, kind: str) -> str:
+    return STEMS[kind] if component.startswith("text_encoder") else DIFFUSERS_STEM
+
+
+def _weights(folder: Path, component: str) -> dict[str | None, list[Path]]:
+    """Weight files and indices of shards in a component's folder by their variant (None: plain)."""
+    found: dict[str | None, list[Path]] = {}
+    for kind in STEMS:
+        stem = _stem(component, kind)
+        name = r"(?:\.(?P<{}>[\w-]+))?"
+        pattern = rf"{stem}{name.format('a')}\.{kind}(?:{name.format('b')}\.index{name.format('c')}\.json)?"
+        for path in sorted(folder.glob(f"{stem}*")):
+            if match := re.fullmatch(pattern, path.name):
+                found.setdefault(match["a"] or match["b"] or match["c"], []).append(path)
+    return found
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The files that an index of shards names, all beside it; ValueError where one is missing."""
+    where = index.relative_to(folder).as_posix()
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        wrong = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"ckpt={str(folder)!r}: {where} is not an index of shards ({error})") from error
+    if wrong or not names:
+        raise ValueError(
+            f"ckpt={str(folder)!r}: {where} names {wrong[0] if wrong else 'no file'}: files beside it are allowed"
+        )
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise ValueError(f"ckpt={str(folder)!r}: {where} names {missing[0]}, which is missing")
+    return [index.parent / name for name in names]
+
+
+def _names(variants: Mapping[str | None, object]) -> str:
+    return ", ".join(sorted(variant or "plain ones" for variant in variants))

@@ -1,0 +1,71 @@
+"""Write a checkpoint in another layout or precision. OUT ending in .safetensors is a single file, else a folder.
+
+What the new layout has no place for is kept beside, so that there and back is the identity, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sfumato.cli.loading import family_flag
+from sfumato.weights.checkpoint import open_checkpoint
+from sfumato.weights.hub import resolve
+from sfumato.weights.parts import Checkpoint
+from sfumato.weights.writing import Parts, in_precision, parts_of, surplus_of, write
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """The source, the target and the precision."""
+    add = parser.add_argument
+    add("ckpt", metavar="PATH", help="a checkpoint file, a diffusers folder or a hub id")
+    add("out", metavar="OUT", help="a new .safetensors file, or a new folder for the diffusers layout")
+    add("--dtype", choices=DTYPES, help="store in this precision (default: as it is)")
+    add("--family", metavar="NAME", help="read it as this family")
+    add("--variant", metavar="NAME", help="a folder's files of this variant, such as fp16")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato convert`."""
+    add_source_flags(parser)
+    parser.add_argument("--vae", metavar="PATH", help="take the autoencoder from this file or folder")
+
+
+def opened(args: argparse.Namespace, use_ema: bool = False) -> Checkpoint:
+    """The source of the flags, without problems."""
+    checkpoint = open_checkpoint(
+        resolve(args.ckpt), family_flag(args), use_ema, getattr(args, "vae", None), args.variant
+    )
+    if problems := checkpoint.problems():
+        raise ValueError(f"ckpt={args.ckpt!r}: as {checkpoint.family.name}, {problems[0]}")
+    if args.out and Path(args.out).exists() and Path(args.out).resolve() == Path(args.ckpt).resolve():
+        raise ValueError(f"out={args.out!r}: the source itself; name another file")
+    return checkpoint
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    checkpoint = opened(args)
+    surplus, metadata = surplus_of(checkpoint)
+    if checkpoint.unknown:
+        log.warning("%d unknown tensors are left out", len(checkpoint.unknown))
+    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)), surplus, metadata)
+    return 0
+
+
+def save(target: Path, checkpoint: Checkpoint, parts: Parts, surplus: dict, metadata: dict[str, str]) -> None:  # type: ignore[type-arg]
+    """Write with a bar, then print the target."""
+    total = sum(
+        torch.Size(lazy.shape).numel() * lazy.dtype.itemsize for part in parts.values() for lazy in part.values()
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
+        write(target, checkpoint.family, parts, surplus, metadata, bar.update)
+    print(target)

@@ -1,0 +1,22 @@
+"""Write the averaged (EMA) weights of a full training checkpoint as a plain one, in the file's own precision."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
+from sfumato.weights.writing import in_precision, parts_of, surplus_of
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato extract-ema`."""
+    add_source_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    checkpoint = opened(args, use_ema=True)
+    _, metadata = surplus_of(checkpoint)
+    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)), {}, metadata)
+    return 0

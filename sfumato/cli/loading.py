@@ -1,0 +1,44 @@
+"""The flags of every command that loads a checkpoint, and the loading itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sfumato.families import FAMILIES, Family, find_family
+from sfumato.pipeline import Pipeline, box_path
+from sfumato.weights.overrides import remember
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--ckpt and what tells how to read it."""
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="a file, a diffusers folder or a hub id (default: the model in the box)")
+    names = ", ".join(FAMILIES)
+    add("--family", metavar="NAME", help=f"what it is, if taken for something else: {names}; remembered (auto: forget)")
+    add("--vae", metavar="PATH", help="take the autoencoder from this file or folder")
+    add("--ema", action="store_true", help="use the averaged weights of a full training checkpoint")
+    add("--variant", metavar="NAME", help="a folder's files of this variant, such as fp16")
+
+
+def family_flag(args: argparse.Namespace) -> Family | None:
+    """The family that --family names; "auto" forgets what was remembered for the file."""
+    if args.family is None:
+        return None
+    if args.family == "auto":
+        if args.ckpt and Path(args.ckpt).is_file():
+            remember(Path(args.ckpt), None)
+        return None
+    return find_family(args.family)
+
+
+def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeline:
+    """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such."""
+    family = family_flag(args)
+    pipeline = Pipeline.from_pretrained(
+        args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant
+    )
+    path = Path(args.ckpt or box_path())
+    if family is not None and path.is_file():
+        remember(path, family)
+    return pipeline

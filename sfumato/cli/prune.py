@@ -1,0 +1,28 @@
+"""Write only what drawing needs: no averaged twins, no training rests, half precision unless --dtype says else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
+from sfumato.weights.writing import in_precision, parts_of, surplus_of
+
+log = logging.getLogger(__name__)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato prune`."""
+    add_source_flags(parser)
+    parser.set_defaults(dtype="fp16")
+    parser.add_argument("--ema", action="store_true", help="keep the averaged weights instead of the plain ones")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    checkpoint = opened(args, args.ema)
+    _, metadata = surplus_of(checkpoint)
+    log.info("%d tensors left out", len(checkpoint.unused))
+    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES[args.dtype]), {}, metadata)
+    return 0

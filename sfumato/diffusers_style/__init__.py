@@ -1,0 +1,5 @@
+"""Sfumato under the names of diffusers, so that a published example runs with its import changed."""
+
+from sfumato.diffusers_style.pipeline import PipelineOutput, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+__all__ = ["PipelineOutput", "StableDiffusionPipeline", "StableDiffusionXLPipeline"]

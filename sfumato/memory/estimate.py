@@ -1,0 +1,157 @@
+"""What networks take: weights counted, activations summed over the architecture at their fullest moment.
+
+Upper bounds, with constants fitted to peaks that benchmarks/memory_plan.py measures on a CPU; a GPU's are assumed to
+be no larger. Pure arithmetic on configs. Letters: C channels, n cells of a feature map, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from sfumato.families import Family
+from sfumato.models.autoencoder import Autoencoder, AutoencoderConfig
+from sfumato.models.unet import UNetConfig
+from sfumato.weights.parts import build
+
+# What kernels and the allocator take beside the tensors themselves: in proportion, and in all. On a CPU both are
+# measured, mostly pieces of the C library's heap that are free but not given back; on others they are assumed.
+SLACK, OTHER_SLACK = 1.3, 1.15
+WORKSPACE, OTHER_WORKSPACE = 80 * 2**20, 256 * 2**20
+FUSED_HEAD = 256  # the widest head for which CUDA's fused attention is sure to be chosen
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a device computes: attention takes `query_rows` at once (None: all) where it keeps its scores."""
+
+    device: torch.device
+    query_rows: int | None = None
+
+    def scores(self, heads: int, head_channels: int, n: int) -> int:
+        """Bytes of scores and their softmax in float32, n cells to n; 0 where one kernel computes all."""
+        if self._cpu or (self.device.type == "cuda" and head_channels <= FUSED_HEAD):
+            return 0
+        return 2 * 4 * heads * n * min(n, self.query_rows or n)
+
+    def conv(self, before: int, after: int, size: int) -> int:
+        """Bytes a cell of a convolution's input and result, in numbers of `size` bytes.
+
+        A CPU without instructions for half precision makes float32 copies of both.
+        """
+        return (before + after) * (size + (4 if self._cpu and size < 4 else 0))
+
+    def res_block(self, before: int, after: int, size: int) -> int:
+        """Bytes a cell alive beside the input: a norm with its activation, or either convolution with what it needs.
+
+        A norm on a GPU gives another memory order than a convolution takes: there is a copy more.
+        """
+        turned = 0 if self._cpu else size
+        first = self.conv(before, after, size) + turned * before
+        return max(2 * before * size, first, after * size + self.conv(after, after, size) + turned * after)
+
+    def taken(self, tensors: int) -> int:
+        """Bytes that a call takes beside its result, by the bytes of its tensors."""
+        return int((SLACK if self._cpu else OTHER_SLACK) * tensors)
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that do not grow with the picture."""
+        return WORKSPACE if self._cpu else OTHER_WORKSPACE
+
+    @property
+    def _cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+
+@cache
+def network_numbers(family: Family) -> Mapping[str, int]:
+    """How many numbers move on and off as one: each text encoder, unet, encoder and decoder of the autoencoder."""
+
+    def count(*modules: nn.Module) -> int:
+        return sum(tensor.numel() for module in modules for tensor in module.state_dict().values())
+
+    with torch.device("meta"):
+        networks = build(family)
+    numbers: dict[str, int] = {}
+    for name, network in networks.items():
+        if isinstance(network, Autoencoder):
+            numbers["encoder"] = count(network.encoder, network.quant_conv)
+            numbers["decoder"] = count(network.decoder, network.post_quant_conv)
+        else:
+            numbers[name] = count(network)
+    return numbers
+
+
+def unet_bytes(config: UNetConfig, h: int, w: int, rows: int, dtype: torch.dtype, kernels: Kernels) -> int:
+    """The peak of feature maps in one call of `rows` rows, its skips among them."""
+    size = dtype.itemsize
+    cells = [h * w // 4**index for index in range(len(config.channel_mult))]
+    widths = [config.channels * mult for mult in config.channel_mult]
+
+    def inside(before: int, level: int, depth: int) -> int:
+        """Bytes of a residual block and the transformer after it, beside the block's input."""
+        width, n = widths[level], cells[level]
+        res = (kernels.res_block(before, width, size) + width * size) * n  # here the shortcut is there from the start
+        if depth == 0:
+            return res
+        heads = config.heads(width)
+        attention = 9 * width * n * size + kernels.scores(heads, width // heads, n)
+        # at its end a transformer block holds 4 C, its gated feed-forward layer 16 C; beside them is the block's input
+        return max(res, width * n * size + max(attention, 20 * width * n * size))
+
+    return _unet_walk(config, cells, widths, size, inside) * rows
+
+
+def _unet_walk(
+    config: UNetConfig, cells: list[int], widths: list[int], size: int, inside: Callable[[int, int, int], int]
+) -> int:
+    """The fullest moment of one row's way through the network."""
+    last, width = len(cells) - 1, config.channels
+    skips = [width * cells[0] * size]
+    peaks = [skips[0]]
+    for level, n in enumerate(cells):
+        for _ in range(config.num_res_blocks):
+            peaks.append(sum(skips) + inside(width, level, config.transformer_depth[level]))
+            width = widths[level]
+            skips.append(width * n * size)
+        if level < last:
+            skips.append(width * cells[level + 1] * size)
+            peaks.append(sum(skips))
+    peaks.append(sum(skips) + width * cells[last] * size + inside(width, last, config.middle_depth))
+    x = width * cells[last] * size
+    for level in reversed(range(last + 1)):
+        for _ in range(config.num_res_blocks + 1):
+            skip = skips.pop()
+            joined = x + skip
+            before = joined // (cells[level] * size)
+            held = sum(skips) + skip + x + joined
+            peaks.append(held + inside(before, level, config.transformer_depth[level]))
+            x = widths[level] * cells[level] * size
+        if level > 0:  # doubled, then convolved, while the last block's input is still held
+            peaks.append(held + 10 * x)
+            x *= 4
+    return max(peaks)
+
+
+def decoder_bytes(
+    config: AutoencoderConfig, h: int, w: int, pictures: int, dtype: torch.dtype, kernels: Kernels
+) -> int:
+    """The peak of feature maps in one decode of `pictures` latents of h x w."""
+    size, n = dtype.itemsize, h * w
+    width = config.channels * config.channel_mult[-1]
+    attention = 6 * width * n * size + kernels.scores(1, width, n)
+    peaks = [width * n * size + max(kernels.res_block(width, width, size) * n, attention)]
+    for level in reversed(range(len(config.channel_mult))):
+        entered, after = width * n * size, config.channels * config.channel_mult[level]
+        peaks.append(entered + kernels.res_block(width, after, size) * n)
+        peaks.append(entered + (after * size + kernels.res_block(after, after, size)) * n)
+        width = after
+        if level > 0:  # doubled, then convolved
+            peaks.append(entered + (width * size + 4 * kernels.conv(width, width, size)) * n)
+            n *= 4
+    return max(peaks) * pictures

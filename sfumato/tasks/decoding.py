@@ -1,0 +1,103 @@
+"""Final latents -> pictures: unscaled, a few at a time, in tiles where asked; what overflows is decoded again.
+
+Half precision may overflow in a decoder: then that one picture is decoded in a wider number format, so that nobody gets
+a black picture. Weights are widened for that decode alone. Letters: B batch, H W pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.families import Model
+from sfumato.models import tiling
+from sfumato.models.autoencoder import Autoencoder
+
+log = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def decode(latents: Tensor, last_sigma: float, model: Model, max_pictures: int = 4, tile: int | None = None) -> Tensor:
+    """Final x (B, C, h, w) at `last_sigma` -> images (B, 3, H, W) float32 about [-1, 1], `max_pictures` at a time.
+
+    A schedule that ends above 0 ends in variance-preserving scale, as the original DDIM does. `tile` is in pixels,
+    None decodes whole. ValueError where latents are not finite, or a picture is not in float32 either.
+    """
+    _check_finite(latents, model.dtype)
+    z = latents.float() * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
+    factor = model.autoencoder.config.factor
+    images = z.new_empty(len(z), model.autoencoder.config.image_channels, z.shape[2] * factor, z.shape[3] * factor)
+    for start in range(0, len(z), max_pictures):
+        part = z[start : start + max_pictures]
+        decoded = _decode(model.autoencoder, part, model.dtype, tile)
+        for index in (~finite(decoded)).nonzero().flatten().tolist():
+            decoded[index] = _decode_wider(model, part[index : index + 1], start + index, tile)[0]
+        images[start : start + max_pictures] = decoded
+    return images
+
+
+def finite(x: Tensor) -> Tensor:
+    """Which pictures of x (B, ...) hold only finite numbers: (B,) bool."""
+    return x.isfinite().flatten(1).all(dim=1)
+
+
+def _check_finite(latents: Tensor, dtype: torch.dtype) -> None:
+    bad = (~finite(latents)).nonzero().flatten().tolist()
+    if bad:
+        places = ", ".join(str(index + 1) for index in bad)
+        advice = "" if dtype == torch.float32 else f" in {_name(dtype)}; precision 'full' may mend it"
+        raise ValueError(
+            f"latents: picture {places} of {len(latents)} is not finite before decoding: the U-Net overflowed{advice}"
+        )
+
+
+def _decode(autoencoder: Autoencoder, z: Tensor, dtype: torch.dtype, tile: int | None) -> Tensor:
+    z = z.to(dtype, memory_format=torch.channels_last)
+    return (autoencoder.decode(z) if tile is None else tiling.decode(autoencoder, z, tile)).float()
+
+
+def _decode_wider(model: Model, z: Tensor, index: int, tile: int | None) -> Tensor:
+    """One picture, z (1, C, h, w), in the first wider format whose range holds it."""
+    own, tried = model.dtype, [_name(model.dtype)]
+    for dtype in wider(own, z.device):
+        with weights_in(dtype, model.autoencoder.post_quant_conv, model.autoencoder.decoder):
+            images = _decode(model.autoencoder, z, dtype, tile)
+        tried.append(_name(dtype))
+        if images.isfinite().all():
+            log.info("picture %d overflowed when decoded in %s; decoded again in %s", index + 1, tried[0], tried[-1])
+            return images
+    advice = "" if own == torch.float32 else "; precision 'full' may mend it"
+    raise ValueError(
+        f"autoencoder: picture {index + 1}, decoded in {', '.join(tried)}, is not finite though its latents are{advice}"
+    )
+
+
+def wider(dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
+    """Formats of a wider range than `dtype`, or of a finer grid, to try in order on `device`."""
+    steps = {torch.float16: [torch.bfloat16, torch.float32], torch.bfloat16: [torch.float32]}.get(dtype, [])
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [step for step in steps if step != torch.bfloat16]
+    return steps
+
+
+@contextmanager
+def weights_in(dtype: torch.dtype, *networks: nn.Module) -> Iterator[None]:
+    """Inside, the networks' weights are copies in `dtype`; after, they are what they were, to the last bit."""
+    kept = [(parameter, parameter.data) for network in networks for parameter in network.parameters()]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, before in kept:
+                parameter.data = before.to(dtype)
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, before in kept:
+                parameter.data = before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,94 @@
+"""Profiles: what makes the same settings give another picture in another program, each in one place.
+
+`like` names one. A profile fills what a job leaves open, and says how prompts are read and noise is drawn.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a program reads prompts, draws noise and chooses what is not said; None is the family's own.
+
+    `grammar`: A1111's grammar is read, else the prompt is plain text. `long`: prompts may have more than one chunk.
+    `first_step` is what prompt schedules count from. `one_generator`: all pictures of a job come from one generator,
+    else picture i from that of seed + i. `schedule` is what samplers without a schedule of their own get.
+    `zero_negative`: an empty negative prompt is zeros where the family says so.
+    """
+
+    name: str
+    summary: str
+    grammar: bool = True
+    long: bool = True
+    first_step: int = 1
+    weighting: str = "original"
+    noise: str = "cpu"
+    one_generator: bool = False
+    sampler: str | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    zero_negative: bool = True
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("sfumato", "this program's own ways"),
+        Profile(
+            "a1111",
+            "AUTOMATIC1111's web UI on a CUDA card: its grammar, noise of each seed as the card draws it",
+            first_step=0,
+            noise="philox",
+            sampler="dpmpp_2m",
+            steps=20,
+            guidance=7.0,
+            zero_negative=False,
+        ),
+        Profile(
+            "comfy",
+            "ComfyUI: weights interpolated from the empty prompt, one CPU generator for a batch",
+            weighting="comfy",
+            one_generator=True,
+            sampler="euler",
+            schedule="normal",
+            steps=20,
+            guidance=8.0,
+            zero_negative=False,
+        ),
+        Profile(
+            "diffusers",
+            "diffusers' pipelines: plain prompts of 75 tokens, one CPU generator for a batch, the published scheduler",
+            grammar=False,
+            long=False,
+            weighting="none",
+            one_generator=True,
+            steps=50,
+        ),
+        Profile(
+            "compvis",
+            "the original scripts on a CUDA card: plain prompts of 75 tokens, PLMS or DDIM",
+            grammar=False,
+            long=False,
+            weighting="none",
+            noise="philox",
+            one_generator=True,
+            sampler="ddim",
+            steps=50,
+            guidance=7.5,
+        ),
+    )
+}
+
+
+def find_profile(name: str | None) -> Profile:
+    """The profile of a name (None: this program's own); ValueError lists the names."""
+    key = "sfumato" if name is None else name.lower()
+    if key not in PROFILES:
+        near = difflib.get_close_matches(key, PROFILES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"like={name!r}: one of {', '.join(PROFILES)}{hint}")
+    return PROFILES[key]

@@ -1,0 +1,83 @@
+"""What the network is told at each step of a job: its prompts read, encoded and joined into a plan of guidance."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from sfumato.diffusion.guidance import Guidance, Options, Weighted, Window, plan
+from sfumato.families import Model
+from sfumato.families.conditioning import Sizes, TextOptions, alike, encode
+from sfumato.prompts.prompt import Part, parse
+from sfumato.tasks.profiles import Profile, find_profile
+from sfumato.types import Cond, Job
+
+log = logging.getLogger(__name__)
+
+Entries = Sequence[tuple[int, Cond]]
+
+
+def guidance_of(job: Job, model: Model, concat: Tensor | None = None) -> Guidance:
+    """The plan of a complete job; `concat` is what the U-Net sees beside x."""
+    profile, options = find_profile(job.like), guidance_options(job)
+    texts = TextOptions(job.weighting or profile.weighting, job.clip_skip, long=profile.long)
+    steps = int(job.steps or 1)
+    positive = read(job.prompt, steps, profile)
+    negative = read(job.negative, steps, profile, negative=True) if options.scale != 1.0 else []
+    wide = sizes(job), sizes(job, negative=True)
+    conds: dict[tuple[str, bool], Cond] = {}
+    for part, is_negative in [*((part, False) for part in positive), *((part, True) for part in negative)]:
+        for _, text in part.timeline:
+            if (text, is_negative) not in conds:
+                zero = is_negative and profile.zero_negative
+                conds[text, is_negative] = encode(model, text, wide[is_negative], texts, negative=zero)
+    even = {key: replace(cond, concat=concat) for key, cond in zip(conds, alike(list(conds.values())), strict=True)}
+    late = 1 - profile.first_step  # where schedules count from 0, everything holds for one step more
+
+    def told(part: Part, is_negative: bool) -> Entries:
+        return [(until + late, even[text, is_negative]) for until, text in part.timeline]
+
+    parts = [Weighted(told(part, False), part.weight) for part in positive]
+    return plan(parts, told(negative[0], True) if negative else None, options, model.family.prediction)
+
+
+def read(text: str, steps: int, profile: Profile, negative: bool = False) -> Sequence[Part]:
+    """A prompt's parts, by the profile's grammar; adapters that it names are reported."""
+    if not profile.grammar:
+        return [Part(1.0, ((steps, text),))]
+    prompt = parse(text, steps, negative=negative)
+    for network in prompt.networks:
+        log.warning("prompt: <%s>: adapters are not loaded from prompts yet; it is left out", network)
+    return prompt.parts
+
+
+def guidance_options(job: Job) -> Options:
+    """The job's fields of guidance."""
+    high = math.inf if job.guidance_high is None else job.guidance_high
+    return Options(
+        scale=float(job.guidance if job.guidance is not None else 1.0),
+        window=Window(job.guidance_low, high, job.guidance_start, job.guidance_end, job.guidance_thin),
+        pag=job.pag,
+        sag=job.sag,
+        rescale=job.rescale,
+        percentile=job.threshold,
+        mimic=job.mimic,
+        freeu=None if job.freeu is None else tuple(job.freeu),  # type: ignore[arg-type]
+    )
+
+
+def sizes(job: Job, negative: bool = False) -> Sizes:
+    """What XL is told of sizes, in pixels, for the prompt or the negative prompt of a complete job."""
+    height, width = int(job.height or 0), int(job.width or 0)
+    score = job.negative_aesthetic if negative else job.aesthetic
+    usual = 2.5 if negative else 6.0  # the refiner's published defaults
+    return {
+        "original": (job.original_height or height, job.original_width or width),
+        "crop": (job.crop_top or 0, job.crop_left or 0),
+        "target": (height, width),
+        "aesthetic": (usual if score is None else score,),
+    }

@@ -1,0 +1,67 @@
+"""Opening a checkpoint in the original single-file layout: .safetensors, .ckpt, .pt, with or without EMA twins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sfumato.families import Family
+from sfumato.families.detect import Clues, Detection, detect, other_kind
+from sfumato.weights import original_layout
+from sfumato.weights.files import TensorFile, open_tensors
+from sfumato.weights.overrides import recall
+from sfumato.weights.parts import Checkpoint, Pool, match, shapes_of
+from sfumato.weights.tables import Place
+
+
+def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
+    """Read what a file holds, without its data; `family` overrides what is detected or remembered for it."""
+    file = open_tensors(path)
+    stored = {name: (file, name) for name in file.names()}
+    try:
+        found = _detect(file, family or recall(path), path)
+        pool = {original_layout.canonical(name, found.family): place for name, place in stored.items()}
+        checkpoint = Checkpoint(path, "single file", found, file.metadata)
+        checkpoint.has_ema = any(name.startswith(original_layout.EMA + "diffusion_model") for name in pool)
+        if use_ema and not checkpoint.has_ema:
+            raise ValueError("use_ema: the file holds no averaged weights (model_ema...)")
+        used: set[str] = set()
+        for part, shapes in shapes_of(found.family).items():
+            table = original_layout.part_table(found.family, part, shapes)
+            if use_ema and part == "unet":
+                table = {ours: Place(original_layout.ema_name(place.name)) for ours, place in table.items()}
+                used |= {name for name in pool if name.startswith(original_layout.UNET)}
+            used |= match(checkpoint, part, pool, table, shapes)
+        _sort_rest(checkpoint, {name: place for name, place in pool.items() if name not in used})
+    except ValueError as error:
+        raise ValueError(f"ckpt={str(path)!r}: {error}") from error
+    return checkpoint
+
+
+def _detect(file: TensorFile, family: Family | None, path: Path) -> Detection:
+    if family is not None:
+        return Detection(family, "as asked")
+    shapes = {name: file.shape(name) for name in file.names()}
+    return detect(shapes, Clues(file.metadata, path.stem, _yaml_prediction(path), file.read))
+
+
+def _yaml_prediction(path: Path) -> str | None:
+    """The parameterization that an original config beside the file (same name, .yaml) tells."""
+    beside = path.with_suffix(".yaml")
+    if not beside.is_file():
+        return None
+    found = re.search(
+        r"^\s*parameterization:\s*[\"']?(\w+)", beside.read_text(encoding="utf-8", errors="replace"), re.M
+    )
+    return found[1] if found else "eps"  # the original's default
+
+
+def _sort_rest(checkpoint: Checkpoint, rest: Pool) -> None:
+    """Tensors of no network: known and rightly unused, or unknown."""
+    for name, place in rest.items():
+        if original_layout.rightly_unused(name, checkpoint.family):
+            checkpoint.unused[name] = place
+        else:
+            checkpoint.unknown.append(name)
+    if checkpoint.unknown and all(checkpoint.missing.get(part) for part in checkpoint.family.parts):
+        raise ValueError(f"it is {other_kind(list(rest))}, not a checkpoint of the family {checkpoint.family.name}")

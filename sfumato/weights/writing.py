@@ -1,0 +1,126 @@
+"""A checkpoint's tensors -> a file in the original layout or a diffusers folder, whichever the target's name asks for.
+
+What one layout has no place for is kept beside in the other, so that there and back is the identity, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from sfumato.families import Family
+from sfumato.weights import original_layout
+from sfumato.weights.diffusers_configs import components, folder_files
+from sfumato.weights.files import TensorFile, open_tensors
+from sfumato.weights.folder import SURPLUS, table_of
+from sfumato.weights.lazy import Lazy, from_source, stored
+from sfumato.weights.parts import Checkpoint
+from sfumato.weights.stream import write_safetensors
+
+log = logging.getLogger(__name__)
+
+Parts = Mapping[str, Mapping[str, Lazy]]
+Progress = Callable[[int], None]
+HEADER = "sfumato.header"  # the single file's own metadata, as JSON, in the surplus file's
+
+
+def parts_of(checkpoint: Checkpoint) -> dict[str, dict[str, Lazy]]:
+    """All tensors of a checkpoint's networks by our names."""
+    return {
+        part: {name: from_source(source) for name, source in sources.items()}
+        for part, sources in checkpoint.parts.items()
+    }
+
+
+def surplus_of(checkpoint: Checkpoint) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """Tensors of the original layout that are in no network, and the single file's metadata."""
+    if checkpoint.layout == "single file":
+        kept = {stored_name: _plain(file, stored_name) for file, stored_name in checkpoint.unused.values()}
+        return kept, dict(checkpoint.metadata)
+    path = checkpoint.path / SURPLUS
+    if not path.is_file():
+        return {}, {}
+    file = open_tensors(path)
+    return {name: _plain(file, name) for name in file.names()}, json.loads(file.metadata.get(HEADER, "{}"))
+
+
+def _plain(file: TensorFile, name: str) -> Lazy:
+    return Lazy(file.shape(name), file.dtype(name), lambda: file.read(name), lambda: file.release(name))
+
+
+def in_precision(parts: Parts, dtype: torch.dtype | None) -> Parts:
+    """The parts in another precision; None leaves each tensor as it is."""
+    if dtype is None:
+        return parts
+    return {part: {name: lazy.to(dtype) for name, lazy in tensors.items()} for part, tensors in parts.items()}
+
+
+def write(
+    target: Path,
+    family: Family,
+    parts: Parts,
+    surplus: Mapping[str, Lazy] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a .safetensors file, or a folder where the target has no such ending; whole or not at all.
+
+    ValueError where the target is there already as the other kind, or is a folder with something in it.
+    """
+    if target.suffix == ".safetensors":
+        if target.is_dir():
+            raise ValueError(f"out={str(target)!r}: a folder is there")
+        write_safetensors(target, _single(family, parts) | dict(surplus or {}), dict(metadata or {}), progress)
+        return
+    if target.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"out={str(target)!r}: .safetensors or a folder; pickles are not written")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"out={str(target)!r}: it is there already; a new or empty folder is needed")
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        _write_folder(beside, family, parts, surplus or {}, metadata or {}, progress)
+        if target.is_dir():
+            target.rmdir()
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _single(family: Family, parts: Parts) -> dict[str, Lazy]:
+    tensors: dict[str, Lazy] = {}
+    for part, ours in parts.items():
+        tensors |= stored(ours, original_layout.part_table(family, part, ours))
+    return tensors
+
+
+def _write_folder(
+    folder: Path,
+    family: Family,
+    parts: Parts,
+    surplus: Mapping[str, Lazy],
+    metadata: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
+    folder.mkdir(parents=True)
+    for name, text in folder_files(family).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    surplus, folders = dict(surplus), components(family)
+    for part, ours in parts.items():
+        table = table_of(family, part)
+        rest = {name: lazy for name, lazy in ours.items() if name not in table}
+        surplus |= stored(rest, original_layout.part_table(family, part, rest))
+        file = "model" if folders[part].startswith("text_encoder") else "diffusion_pytorch_model"
+        write_safetensors(
+            folder / folders[part] / f"{file}.safetensors", stored(ours, table), {"format": "pt"}, progress
+        )
+    if surplus or metadata:
+        write_safetensors(folder / SURPLUS, surplus, {HEADER: json.dumps(dict(metadata))}, progress)
+        log.info("%d tensors and the header that this layout has no place for are in %s", len(surplus), SURPLUS)
