@@ -98,7 +98,7 @@ def test_prediction_of_fine_tunes() -> None:
 def test_other_files_are_named(names: list[str], words: str) -> None:
     assert words in other_kind(names)
     with pytest.raises(ValueError, match=words):
-        detect({name: (4, 4) for name in names}, Clues({}))
+        detect(dict.fromkeys(names, (4, 4)), Clues({}))
 
 
 def test_unknown_sizes_are_told() -> None:

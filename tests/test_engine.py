@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.guidance import ClassifierFree
+from sfumato.diffusion.guidance import ClassifierFree, Moment
 from sfumato.diffusion.noise import SeededNoise
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.engine import Engine, Run, Watch
@@ -46,6 +46,14 @@ def network_calls(model: Model) -> Iterator[list[int]]:
 
 def start(job: Job, model: Model, watch: Watch | None = None) -> Run:
     return txt2img.start(complete(job, model.family), model, watch)
+
+
+def plain(run: Run) -> ClassifierFree:
+    """The guidance of a run whose prompts stay the same, with a Cond for each."""
+    guidance = run.guidance
+    assert isinstance(guidance, ClassifierFree)
+    positive, *negative = guidance.rows(Moment(0, 1.0, 0.0, torch.empty(0)))
+    return ClassifierFree(positive, negative[0] if negative else None, guidance.scale)
 
 
 def drive(model: Model, jobs: Sequence[Job], max_rows: int = 32) -> tuple[list[Tensor], list[int]]:
@@ -207,11 +215,9 @@ def test_a_cond_has_one_row_for_all_pictures_or_one_for_each(model: Model, num_r
     """The second row is another prompt's: then picture 1 is that prompt's."""
     first, second = (replace(JOBS[0], prompt=prompt) for prompt in ("a red apple", "a blue cat"))
     of_first, of_second = (drive(model, [job])[0][0] for job in (first, second))
-    run, other = start(first, model), start(second, model)
-    assert isinstance(run.guidance, ClassifierFree)
-    assert isinstance(other.guidance, ClassifierFree)
-    contexts = [run.guidance.positive.context, other.guidance.positive.context]
-    run.guidance = replace(run.guidance, positive=Cond(torch.cat(contexts[:num_rows])))
+    run, plan = start(first, model), plain(start(first, model))
+    contexts = [plan.positive.context, plain(start(second, model)).positive.context]
+    run.guidance = replace(plan, positive=Cond(torch.cat(contexts[:num_rows])))
     [latents] = Engine(model).drive([run])
     assert_same(latents[0], of_first[0])
     assert_same(latents[1], (of_first, of_second)[num_rows - 1][1])

@@ -30,7 +30,7 @@ from benchmarks.random_weights import write_random
 from sfumato.families import Family, Model, find_family
 from sfumato.families.conditioning import encode
 from sfumato.pipeline import Pipeline
-from sfumato.tasks.txt2img import sizes
+from sfumato.tasks.telling import sizes
 from sfumato.types import Job
 from sfumato.weights.checkpoint import load_model
 

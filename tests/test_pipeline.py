@@ -164,8 +164,8 @@ def test_a_guidance_up_to_one_is_none(pairs, scale):
 @pytest.mark.parametrize(
     "kind, option",
     [
-        ("sd1", {"clip_skip": 1}),
-        ("sd2", {"clip_skip": 1}),
+        ("sd1", {"clip_skip": 1, "guidance_scale": 1.0}),  # of the negative prompt diffusers skips none, we do
+        ("sd2", {"clip_skip": 1, "guidance_scale": 1.0}),
         ("sd1", {"guidance_rescale": 0.7}),
         ("sd2", {"guidance_rescale": 0.7}),
         ("xl", {"guidance_rescale": 0.7}),
@@ -177,8 +177,8 @@ def test_skipping_text_layers_and_rescaling_guidance(pairs, monkeypatch, kind, o
     monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda model: model), raising=False)
     call = CALL | {"num_inference_steps": 3, "output_type": "latent"}
     plain = ours(**call, generator=seeded()).images
-    got = ours(**call, **option, generator=seeded()).images
-    agree(got, theirs(**call, **option, generator=seeded()).images)
+    got = ours(**call | option, generator=seeded()).images
+    agree(got, theirs(**call | option, generator=seeded()).images)
     assert not torch.allclose(got, plain, atol=1e-3)
 
 
@@ -432,6 +432,13 @@ def test_a_wrong_argument_is_one_clear_line(pairs, call, error, message):
     ours = pairs("sd1")[1]
     with pytest.raises(error, match=message):
         ours(**{"prompt": "x", "num_inference_steps": 1} | call)
+
+
+def test_what_fails_inside_comes_out(pairs):
+    ours = pairs("sd1")[1]
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match="not finite at step 1 of"):
+            ours(PROMPTS, num_inference_steps=steps, latents=torch.full((2, 4, 8, 8), torch.nan))
 
 
 def test_arguments_that_ask_for_nothing_are_taken(pairs):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.plot import cell_of
 from sfumato.cli.txt2img import draw_with_bar
 from sfumato.images import load_png, save_png
-from sfumato.pipeline import recipe
+from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict
-from sfumato.types import Job
+from sfumato.types import Job, Result
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `sfumato replay`."""
     add = parser.add_argument
     add("picture", metavar="FILE.png", help="a picture that sfumato saved")
+    add("--cell", type=int, metavar="N", help="of a plot, the cell to draw: from 1, left to right, then down")
     add_model_flags(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
     add("--out", metavar="FILE.png", help="save the new drawing here")
@@ -28,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a saved picture says of itself."""
+    """What a saved picture says of itself. A plot's cell is drawn again with the jobs it was drawn `together` with."""
 
     job: Job
     index: int
@@ -36,6 +40,8 @@ class Recipe:
     model_hash: str
     precision: str
     made_with: dict[str, str]
+    together: tuple[Job, ...] = ()
+    place: int = 0  # of the job in them
 
 
 def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
@@ -54,13 +60,34 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
         raise ValueError(f"picture={str(path)!r}: its recipe is damaged (index {index} of {count})")
     made_with = {str(key): str(value) for key, value in part(made, "made with", dict).items()}
     name, digest = part(model, "name", str), part(model, "hash", str)
-    return Recipe(job, index, name, digest, part(made, "precision", str), made_with)
+    jobs, place = [job], 0
+    if "together" in made:
+        together = part(made, "together", dict)
+        jobs, place = [job_from_dict(each) for each in part(together, "jobs", list)], part(together, "place", int)
+        if not 0 <= place < len(jobs) or jobs[place] != job:
+            raise ValueError(f"picture={str(path)!r}: its recipe is damaged (together, place {place})")
+    return Recipe(job, index, name, digest, part(made, "precision", str), made_with, tuple(jobs), place)
+
+
+def draw(pipeline: Pipeline, old: Recipe) -> Result:
+    """The job of a recipe drawn again, alone or together with others."""
+    if len(old.together) == 1:
+        return draw_with_bar(pipeline, old.job)
+    with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return pipeline.draw_many(old.together, progress)[old.place]
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     path = Path(args.picture)
-    pixels, made = load_png(path)
+    pixels, made = load_png(path) if args.cell is None else cell_of(path, args.cell)
+    if "plot" in made:
+        raise ValueError(f"cell: {str(path)!r} is a plot; say which of its cells with --cell N")
     old = read_recipe(path, made)
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
     pipeline = load(args, args.device or old.made_with.get("device"), precision)
@@ -70,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             f"ckpt: {str(path)!r} was drawn by {old.model_name} ({old.model_hash}), this is {model.name} "
             f"({model.hash}); name the right file with --ckpt"
         )
-    result = draw_with_bar(pipeline, old.job)
+    result = draw(pipeline, old)
     again = result.images[old.index]
     if args.out:
         save_png(Path(args.out), again, recipe(result, old.index))

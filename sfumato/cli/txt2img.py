@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
@@ -28,6 +29,20 @@ log = logging.getLogger(__name__)
 
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
+# Fields of a Job whose flags are spelled as in the original script.
+OWN_FLAGS = (
+    "prompt",
+    "negative",
+    "width",
+    "height",
+    "steps",
+    "guidance",
+    "sampler",
+    "schedule",
+    "eta",
+    "seed",
+    "count",
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style = SFUMATO) -> None:
     add("--config", metavar="FILE", help="accepted; the model's shape is read from the checkpoint")
     add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_job_flags(parser, without=OWN_FLAGS)
     parser.set_defaults(style=style)
 
 
@@ -123,15 +139,15 @@ def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
     if args.prompt is None and args.from_file is None:
         raise ValueError('prompt: say what to draw with --prompt "..." or --from-file FILE')
     prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
-    common = {name: getattr(args, name) for name in ("negative", "width", "height", "steps", "guidance", "eta")}
-    common |= _sampling(args)
-    seed = args.seed
+    common, texts, seed = _sampling(args), texts_from_flags(args), args.seed
     for _ in range(args.n_iter):
         if args.from_file:
             share = args.n_samples if args.fixed_code else len(prompts)  # the original starts every batch alike
-            yield [Job(prompt=line, seed=seed + index % share, **common) for index, line in enumerate(prompts)]
+            seeds = [seed + index % share for index in range(len(prompts))]
+            jobs = [job_from_flags(args, prompt=p, seed=s, **common) for p, s in zip(prompts, seeds, strict=True)]
         else:
-            yield [Job(prompt=prompts[0], seed=seed, count=args.n_samples, **common)]
+            jobs = [job_from_flags(args, prompt=prompts[0], seed=seed, count=args.n_samples, **common)]
+        yield [drawn for job in jobs for drawn in texts.jobs(job)]
         if not args.fixed_code:
             seed += len(prompts) if args.from_file else args.n_samples
 

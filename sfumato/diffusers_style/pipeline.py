@@ -228,7 +228,8 @@ class StableDiffusionPipeline:
         in [0, 1], or latents (B, C, h, w).
 
         A `guidance_scale` up to 1 is none; `eta` is DDIM's alone. `latents` (B, C, h, w) ~ N(0, 1) are the starting
-        noise, else the generator gives it, or torch's own. `clip_skip` more text layers are left out than always.
+        noise, else the generator gives it, or torch's own. `clip_skip` more text layers are left out than always,
+        of the negative prompt too (diffusers leaves that whole).
         `callback_on_step_end(pipeline, i, timestep, {"latents": ...})` is told the latents after each network call, in
         the scale of `Scheduler.scale`: variance-preserving for PNDM, DDIM and the DPM solvers, x = x0 + sigma noise for
         Euler, Heun and LMS. It may set `pipeline._interrupt = True`, or return {"latents": changed} where the sampler
@@ -383,7 +384,9 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
 
 
 def _x_of(run: Run) -> Tensor:
-    """The x that a run stands at: of its pending query, or its result."""
+    """The x that a run stands at: of its pending query, or its result; raises the error of one that failed."""
+    if run.error is not None:
+        raise run.error
     x = run.result if run.query is None else run.query.x
     assert x is not None, "a run that was begun and not cancelled has one of the two"
     return x

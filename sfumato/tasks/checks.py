@@ -215,6 +215,6 @@ def _require_fields(values: dict[str, Any], kind: type[Any], prefix: str = "") -
 
 
 def job_to_dict(job: Job) -> dict[str, Any]:
-    """Plain JSON of a job: only what differs from an empty one."""
-    empty = Job()
+    """Plain JSON of a job: its count, and what else differs from an empty one."""
+    empty = Job(count=0)
     return {name: value for name, value in dataclasses.asdict(job).items() if value != getattr(empty, name)}

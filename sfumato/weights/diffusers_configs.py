@@ -34,8 +34,6 @@ __all__ = ["components", "configs_of", "family_of", "folder_files", "stored_laye
 Json = dict[str, Any]
 VERSION = "0.21.0"  # the diffusers in whose words this is written
 SCHEDULER_OWN: dict[str, Json] = {
-    "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": False},
-    "DDIMScheduler": {"clip_sample": False, "set_alpha_to_one": False},
     "EulerDiscreteScheduler": {"interpolation_type": "linear", "use_karras_sigmas": False},
 }
 
@@ -249,6 +247,10 @@ def _scheduler_config(family: Family) -> Json:
         "beta_start": schedule.beta_start,
         "num_train_timesteps": schedule.num_timesteps,
         "prediction_type": PREDICTIONS[family.prediction],
+        # As in the published folders, also where this scheduler knows none of them: a user may change to one that does.
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
         "steps_offset": 1,
         "timestep_spacing": "trailing" if schedule.zero_terminal_snr else "leading",  # Lin et al. 2023, section 3.3
         "trained_betas": None,

@@ -1,0 +1,254 @@
+"""Flags for every field of a Job, made from its dataclass and the table below; what is done to texts before drawing.
+
+A command that has spellings of its own for some fields leaves those out. Knows no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sfumato.diffusion.noise import SOURCES
+from sfumato.diffusion.samplers import SAMPLERS
+from sfumato.diffusion.schedule import SCHEDULES
+from sfumato.images import UPSCALERS
+from sfumato.prompts.choices import choose
+from sfumato.prompts.styles import Style, apply_styles, find_styles, read_styles
+from sfumato.prompts.weighting import WEIGHTINGS
+from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
+from sfumato.tasks.plot import field_kinds, read_numbers
+from sfumato.tasks.profiles import PROFILES
+from sfumato.tasks.txt2img import seeds_of
+from sfumato.types import Hires, Job
+
+
+class Flag(NamedTuple):
+    """How a field is asked for on the command line; its type, range and default are added.
+
+    `unset` says what leaving it out means where the Job's own default does not; `allowed` where no range is known.
+    """
+
+    metavar: str
+    help: str
+    unset: str = ""
+    allowed: str = ""
+    names: tuple[str, ...] = ()
+
+
+OWN = "the model's own"
+FIRST = "the first pass's"
+GROUPS: Mapping[str, Mapping[str, Flag]] = {
+    "picture": {
+        "prompt": Flag("TEXT", "what to draw; empty draws unconditionally", "empty"),
+        "negative": Flag("TEXT", "what to stay away from", "empty"),
+        "width": Flag("PX", "width in pixels", OWN, names=("--W",)),
+        "height": Flag("PX", "height in pixels", OWN, names=("--H",)),
+        "seed": Flag("N", "where noise comes from; picture i is drawn from seed + i", allowed="0 or more"),
+        "count": Flag("N", "pictures"),
+    },
+    "sampling": {
+        "steps": Flag("N", "sampling steps", OWN),
+        "sampler": Flag("NAME", f"one of {', '.join(SAMPLERS)}, in any program's spelling", OWN),
+        "schedule": Flag("NAME", f"the noise levels: one of {', '.join(SCHEDULES)}", "the sampler's own"),
+        "eta": Flag("X", "fresh noise at each step, of samplers that have eta; 0 is none", "the sampler's own"),
+        "options": Flag(
+            "NAME=NUMBER", "an option of the sampler (docs/samplers.md), such as s_churn=10; may be repeated", "none",
+            names=("--option",),
+        ),
+        "like": Flag(
+            "PROGRAM", f"read prompts, draw noise and fill gaps as another program: {', '.join(PROFILES)}", "sfumato"
+        ),
+    },
+    "texts": {
+        "weighting": Flag("NAME", f"how (words:1.3) are weighed: {', '.join(WEIGHTINGS)}", "--like's"),
+        "clip_skip": Flag("N", "the text encoder's layer to take, counted from its end; 1 is the last", OWN),
+    },
+    "noise": {
+        "noise": Flag(
+            "SOURCE", f"where noise is drawn: {', '.join(SOURCES)} (philox: as a CUDA card draws it)", "--like's"
+        ),
+        "variation_seed": Flag("N", "a second seed, towards whose noise the first turns", "none", "0 or more"),
+        "variation_strength": Flag("X", "how far: 0 is the picture of --seed, 1 that of --variation-seed"),
+        "noise_width": Flag("PX", "draw the noise of a picture of this width, laid in the middle", "--width"),
+        "noise_height": Flag("PX", "the same for the height; both or none are needed", "--height"),
+        "ensd": Flag("N", "noise after the first comes from seed + N (A1111's eta noise seed delta)", allowed="0: off"),
+    },
+    "guidance": {
+        "guidance": Flag("G", "how hard the prompt pulls; 1 is none", OWN, names=("--scale",)),
+        "guidance_start": Flag("X", "the fraction of the steps at which guidance begins"),
+        "guidance_end": Flag("X", "the fraction of the steps at which it ends"),
+        "guidance_low": Flag("SIGMA", "the noise level down to which guidance works"),
+        "guidance_high": Flag("SIGMA", "the noise level from which on guidance works", "all"),
+        "guidance_thin": Flag("SIGMA", "below this noise level every second step has no guidance"),
+        "rescale": Flag("X", "share in which guided contrast is brought back to the unguided one's"),
+        "threshold": Flag("X", "dynamic thresholding: the percentile beyond which values are clipped", "off"),
+        "mimic": Flag("G", "dynamic thresholding for latents: the guidance whose range to keep", "off"),
+        "pag": Flag("X", "perturbed-attention guidance, about 3; 0 is off"),
+        "sag": Flag("X", "self-attention guidance, about 0.75; 0 is off"),
+        "freeu": Flag(
+            "B1,B2,S1,S2", "FreeU: factors of the U-Net's backbone and skip connections, such as 1.5,1.6,0.9,0.2", "off"
+        ),
+    },
+    "SD XL": {
+        "original_width": Flag("PX", "the width that the model is told the original had", "--width"),
+        "original_height": Flag("PX", "and the height", "--height"),
+        "crop_left": Flag("PX", "how far it is told that the original was cropped at the left", "0"),
+        "crop_top": Flag("PX", "and at the top", "0"),
+        "aesthetic": Flag("X", "the refiner's score of beauty for the prompt", "6"),
+        "negative_aesthetic": Flag("X", "and for the negative prompt", "2.5"),
+    },
+    "second pass": {
+        "hires.scale": Flag("SCALE", "draw, enlarge so many times, and draw again", "off", "1 to 8", ("--hires",)),
+        "hires.upscaler": Flag("NAME", f"how to enlarge: {', '.join((*LATENT_UPSCALERS, *UPSCALERS))}"),
+        "hires.strength": Flag("X", "how much of the noise comes back; 0 only enlarges", allowed="0 to 1"),
+        "hires.steps": Flag("N", "steps really taken", FIRST, "1 to 1000"),
+        "hires.guidance": Flag("G", "guidance", FIRST, "0 to 1000"),
+        "hires.sampler": Flag("NAME", "sampler", FIRST),
+        "hires.schedule": Flag("NAME", "schedule", FIRST),
+        "hires.prompt": Flag("TEXT", "prompt", FIRST),
+        "hires.negative": Flag("TEXT", "negative prompt", FIRST),
+    },
+}  # fmt: skip
+SUMMARIES = {
+    "second pass": "--hires draws the picture, enlarges it and draws over it again",
+    "SD XL": "what XL models are told of an original; others ignore it",
+    "noise": "what a picture begins with",
+}
+
+
+def flag_names(name: str) -> tuple[str, ...]:
+    """The spellings of a field's flag: `clip_skip` is --clip-skip."""
+    flag = next(group[name] for group in GROUPS.values() if name in group)
+    plain = "--" + name.replace(".", "-").replace("_", "-")
+    return flag.names if name == "options" else (*flag.names, plain) if name == "hires.scale" else (plain, *flag.names)
+
+
+def add_job_flags(
+    parser: argparse.ArgumentParser, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Flags for the fields of a Job but those in `without`. One that is not given is None, or what `defaults` says."""
+    kinds, defaults = field_kinds(), defaults or {}
+    for title, flags in GROUPS.items():
+        wanted = {name: flag for name, flag in flags.items() if name not in without}
+        group = parser.add_argument_group(title, SUMMARIES.get(title)) if wanted else None
+        for name, flag in wanted.items():
+            assert group is not None
+            kind = kinds[name].type
+            more: dict[str, Any] = {"type": kind} if kind in (int, float) else {}
+            if kind is dict:
+                more["action"] = "append"
+            text = help_of(name, flag, defaults).replace("%", "%%")
+            default = defaults.get(name)
+            group.add_argument(*flag_names(name), dest=name, metavar=flag.metavar, default=default, help=text, **more)
+        if title == "texts":
+            _add_text_flags(group or parser)
+
+
+def help_of(name: str, flag: Flag, defaults: Mapping[str, Any]) -> str:
+    """A flag's help text with what is allowed and the default."""
+    own = getattr(Hires(), name[6:]) if name.startswith("hires.") else getattr(Job(), name)
+    default = defaults.get(name, flag.unset or own)
+    known = RANGES.get(name)
+    allowed = flag.allowed or ("" if known is None else f"{known.low:g} to {known.high:g}")
+    return f"{flag.help} ({f'{allowed}; ' if allowed else ''}default: {default})"
+
+
+def _add_text_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--style", dest="style_names", action="append", default=[], metavar="NAME",
+        help="put a style's texts around the prompts; may be repeated")  # fmt: skip
+    add("--styles", metavar="FILE", default="styles.csv", help="where styles are, as A1111's (default: %(default)s)")
+    add("--wildcards", metavar="DIR", help="replace each __name__ in a prompt by a line of DIR/name.txt")
+    add("--no-choices", action="store_true", help="leave {red|blue} alone; else one is drawn from each picture's seed")
+
+
+def job_from_flags(args: argparse.Namespace, **own: Any) -> Job:
+    """The Job that the flags ask for; `own` are fields that a command found out by itself. Texts stand as they were.
+
+    ValueError where a flag does not fit another.
+    """
+    given = {name: getattr(args, name, None) for name in field_kinds()} | own
+    fields = {name: value for name, value in given.items() if value is not None}
+    if "freeu" in fields and isinstance(fields["freeu"], str):
+        try:
+            fields["freeu"] = read_numbers(fields["freeu"])
+        except ValueError as error:
+            raise ValueError(f"freeu={error}") from error
+    if isinstance(fields.get("options"), list):
+        fields["options"] = dict(map(_option, fields["options"]))
+    second = {name.removeprefix("hires."): fields.pop(name) for name in list(fields) if name.startswith("hires.")}
+    if second and "scale" not in second:
+        name, value = next(iter(second.items()))
+        raise ValueError(f"hires-{name}={value!r}: there is no second pass; --hires SCALE asks for one")
+    return Job(**fields, hires=Hires(**second) if second else None)
+
+
+def _option(text: str) -> tuple[str, float]:
+    name, equals, number = text.partition("=")
+    try:
+        return name.strip().replace("-", "_"), float(number if equals and name.strip() else "")
+    except ValueError:
+        raise ValueError(f"option={text!r}: NAME=NUMBER is needed, as in s_churn=10") from None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is done to a job's prompts before it is drawn: styles are put around them, then choices are made.
+
+    `choices` None: made where the job's own profile is this program's, whose braces they are.
+    """
+
+    styles: list[Style] = field(default_factory=list)
+    wildcards: Path | None = None
+    choices: bool | None = None
+
+    def jobs(self, job: Job) -> list[Job]:
+        """The job with its texts as they will be drawn; where there are choices, a job of one picture for each."""
+        job = _each_text(job, self._styled) if self.styles else job
+        own = job.like is None or job.like.lower() == "sfumato"
+        if not (own if self.choices is None else self.choices):
+            return [job]
+        if self._chosen(job, job.seed) == job:  # a choice never leaves a text as it was
+            return [job]
+        found = []
+        for index, seed in enumerate(seeds_of(job)):
+            other = None if job.variation_seed is None else job.variation_seed + index
+            found.append(self._chosen(replace(job, seed=seed, count=1, variation_seed=other), seed))
+        return found
+
+    def _styled(self, text: str, is_negative: bool) -> str:
+        return apply_styles(text, [style.negative if is_negative else style.prompt for style in self.styles])
+
+    def _chosen(self, job: Job, seed: int) -> Job:
+        """Every text begins anew from the seed, so that like braces in them choose alike."""
+        return _each_text(job, lambda text, _: choose(text, random.Random(seed), self.wildcards))
+
+
+def _each_text(job: Job, change: Callable[[str, bool], str]) -> Job:
+    """The job with a function of (text, whether it is negative) applied to its prompts, its second pass's too."""
+    if job.hires is not None:
+        prompt, negative = job.hires.prompt, job.hires.negative
+        prompt = None if prompt is None else change(prompt, False)
+        negative = None if negative is None else change(negative, True)
+        job = replace(job, hires=replace(job.hires, prompt=prompt, negative=negative))
+    return replace(job, prompt=change(job.prompt, False), negative=change(job.negative, True))
+
+
+def texts_from_flags(args: argparse.Namespace) -> Texts:
+    """What --style, --wildcards and --no-choices ask for. ValueError for a style or a folder that is not there."""
+    wildcards = None if args.wildcards is None else Path(args.wildcards)
+    if args.no_choices and wildcards is not None:
+        raise ValueError(f"wildcards={args.wildcards!r}: --no-choices leaves them alone; one of the two is needed")
+    if wildcards is not None and not wildcards.is_dir():
+        raise ValueError(f"wildcards={args.wildcards!r}: no such folder")
+    styles: list[Style] = []
+    if args.style_names:
+        path = Path(args.styles)
+        if not path.is_file():
+            raise ValueError(f"styles={args.styles!r}: no such file")
+        styles = find_styles(args.style_names, read_styles(path))
+    return Texts(styles, wildcards, False if args.no_choices else True if wildcards else None)
