@@ -3,7 +3,7 @@
 `python benchmarks/memory_plan.py` prints measured against estimated and writes JSON to benchmarks/results/. Each case
 is a process of its own: networks of random weights, one small call, then the peak of resident memory (VmHWM, what
 ru_maxrss reports, without what is inherited from the parent) of the case's call above what was resident before it.
-Fitted here: SLACK, WORKSPACE. Linux only.
+Fits the CPU's constants in sfumato/memory/estimate.py. Linux only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.families import BOX, SD1, XL, Family
+from sfumato.families import BOX, SD1, Family
 from sfumato.memory.estimate import Kernels, decoder_bytes, unet_bytes
 from sfumato.models import tiling
 from sfumato.models.autoencoder import Autoencoder
@@ -34,7 +34,7 @@ HALF = replace(
     SD1, name="sd1 of half the width", unet=replace(SD1.unet, channels=160),
     autoencoder=replace(SD1.autoencoder, channels=64),
 )  # fmt: skip
-FAMILIES = {"box": BOX, "half": HALF, "sd1": SD1, "xl": XL}
+FAMILIES = {"box": BOX, "half": HALF, "sd1": SD1}
 CPU = torch.device("cpu")
 
 
@@ -136,11 +136,9 @@ def estimate(case: Case) -> int:
     h = min(case.size, case.tile or case.size) // factor
     kernels = Kernels(CPU)
     if case.what == "unet":
-        tensors, pictures = unet_bytes(family.unet, h, h, case.number, dtype, kernels), 0
-    else:
-        tensors = decoder_bytes(family.autoencoder, h, h, case.number, dtype, kernels)
-        pictures = 4 * 3 * case.size**2 * case.number
-    return kernels.taken(tensors) + pictures + kernels.workspace
+        return unet_bytes(family.unet, h, h, case.number, dtype, kernels) + kernels.workspace
+    taken = decoder_bytes(family.autoencoder, h, h, case.number, dtype, kernels)
+    return taken + 4 * 3 * case.size**2 * case.number + kernels.workspace
 
 
 def main() -> None:

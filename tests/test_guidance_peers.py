@@ -1,4 +1,4 @@
-"""What guidance asks of the network, and whole plans, against diffusers' networks and pipelines with the same weights."""
+"""What guidance asks of the network, and whole plans, against diffusers' networks and pipelines of the same weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.guidance import (
-    Guidance,
-    Options,
-    plan,
-)
+from sfumato.diffusion.guidance import Guidance, Options, plan
 from sfumato.diffusion.noise import SeededNoise
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.diffusion.schedule import NoiseSchedule

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from sfumato import memory
 from sfumato.families import BOX, SD1, XL, Family, Model
 from sfumato.memory import GIB, Plan, moving
-from sfumato.memory.estimate import Kernels, decoder_bytes, network_numbers, unet_bytes
+from sfumato.memory.estimate import Kernels, decoder_tensors, network_numbers, unet_tensors
 from sfumato.memory.moving import Unit, units_of
 from sfumato.models import tiling
 from sfumato.models.autoencoder import AttnBlock, Autoencoder
@@ -540,9 +540,9 @@ def test_estimates_are_what_is_alive_at_the_fullest_moment(family: Family, side:
     x, context = on_meta(rows, config.in_channels, h, h), on_meta(rows, 77, config.context_dim)
     vector = None if config.vector_dim is None else on_meta(rows, config.vector_dim)
     alive = live_peak(lambda: unet(x, torch.empty(rows, device="meta"), context, vector))
-    assert alive <= 1.02 * unet_bytes(config, h, h, rows, torch.float32, Kernels(CPU)) <= 1.1 * alive
+    assert alive <= 1.02 * unet_tensors(config, h, h, rows, torch.float32, Kernels(CPU)) <= 1.1 * alive
     z = on_meta(3, family.autoencoder.latent_channels, h, h)
-    decoder = decoder_bytes(family.autoencoder, h, h, 3, torch.float32, Kernels(CPU))
+    decoder = decoder_tensors(family.autoencoder, h, h, 3, torch.float32, Kernels(CPU))
     alive = live_peak(lambda: autoencoder.decode(z))
     assert alive <= 1.05 * decoder <= 1.15 * alive
     assert live_peak(lambda: autoencoder.encode(on_meta(3, 3, side, side)).mean) <= decoder, "an encode takes no more"
@@ -563,12 +563,12 @@ def test_tiled_memory_is_flat() -> None:
 
 def test_scores_are_counted_where_they_are_kept() -> None:
     config, mps = SD1.unet, torch.device("mps")
-    fused = unet_bytes(config, 64, 64, 1, torch.float16, Kernels(CUDA))
-    kept = unet_bytes(config, 64, 64, 1, torch.float16, Kernels(mps))
+    fused = unet_tensors(config, 64, 64, 1, torch.float16, Kernels(CUDA))
+    kept = unet_tensors(config, 64, 64, 1, torch.float16, Kernels(mps))
     assert kept - fused > 8 * 4096**2 * 4  # one map of 8 heads
-    assert unet_bytes(config, 64, 64, 1, torch.float16, Kernels(mps, 256)) < 1.6 * fused
-    wide = decoder_bytes(SD1.autoencoder, 128, 128, 1, torch.float16, Kernels(CUDA))
-    assert decoder_bytes(SD1.autoencoder, 128, 128, 1, torch.float16, Kernels(CUDA, 1024)) < wide
+    assert unet_tensors(config, 64, 64, 1, torch.float16, Kernels(mps, 256)) < 1.6 * fused
+    wide = decoder_tensors(SD1.autoencoder, 128, 128, 1, torch.float16, Kernels(CUDA))
+    assert decoder_tensors(SD1.autoencoder, 128, 128, 1, torch.float16, Kernels(CUDA, 1024)) < wide
 
 
 def test_numbers_are_those_of_the_published_networks() -> None:

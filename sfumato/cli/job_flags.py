@@ -43,8 +43,8 @@ OWN = "the model's own"
 FIRST = "the first pass's"
 GROUPS: Mapping[str, Mapping[str, Flag]] = {
     "picture": {
-        "prompt": Flag("TEXT", "what to draw; empty draws unconditionally", "empty"),
-        "negative": Flag("TEXT", "what to stay away from", "empty"),
+        "prompt": Flag("TEXT", "what to draw; an empty text draws unconditionally"),
+        "negative": Flag("TEXT", "what to stay away from", "nothing"),
         "width": Flag("PX", "width in pixels", OWN, names=("--W",)),
         "height": Flag("PX", "height in pixels", OWN, names=("--H",)),
         "seed": Flag("N", "where noise comes from; picture i is drawn from seed + i", allowed="0 or more"),
@@ -154,7 +154,9 @@ def help_of(name: str, flag: Flag, defaults: Mapping[str, Any]) -> str:
     default = defaults.get(name, flag.unset or own)
     known = RANGES.get(name)
     allowed = flag.allowed or ("" if known is None else f"{known.low:g} to {known.high:g}")
-    return f"{flag.help} ({f'{allowed}; ' if allowed else ''}default: {default})"
+    usual = f"default: {default:g}" if isinstance(default, (int, float)) else f"default: {default}" if default else ""
+    said = "; ".join(part for part in (allowed, usual) if part)
+    return f"{flag.help} ({said})" if said else flag.help
 
 
 def _add_text_flags(group: Any) -> None:

@@ -31,18 +31,8 @@ LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 # Fields of a Job whose flags are spelled as in the original script.
 OWN_FLAGS = (
-    "prompt",
-    "negative",
-    "width",
-    "height",
-    "steps",
-    "guidance",
-    "sampler",
-    "schedule",
-    "eta",
-    "seed",
-    "count",
-)
+    "prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule", "eta", "seed", "count",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from sfumato.models.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.weights.parts import build
 
-# What kernels and the allocator take beside the tensors themselves: in proportion, and in all. On a CPU both are
-# measured, mostly pieces of the C library's heap that are free but not given back; on others they are assumed.
-SLACK, OTHER_SLACK = 1.3, 1.15
+# What kernels and the allocator take beside the tensors themselves: in proportion, and in all. On a CPU they are
+# measured, mostly pieces of the C library's heap that are free but not given back, which a decoder's maps are too large
+# for; on other devices they are assumed.
+UNET_SLACK, DECODER_SLACK, OTHER_SLACK = 1.45, 1.3, 1.15
 WORKSPACE, OTHER_WORKSPACE = 80 * 2**20, 256 * 2**20
 FUSED_HEAD = 256  # the widest head for which CUDA's fused attention is sure to be chosen
 
@@ -54,9 +55,9 @@ class Kernels:
         first = self.conv(before, after, size) + turned * before
         return max(2 * before * size, first, after * size + self.conv(after, after, size) + turned * after)
 
-    def taken(self, tensors: int) -> int:
-        """Bytes that a call takes beside its result, by the bytes of its tensors."""
-        return int((SLACK if self._cpu else OTHER_SLACK) * tensors)
+    def slack(self, of_cpu: float) -> float:
+        """The factor for a network whose factor on a CPU is known."""
+        return of_cpu if self._cpu else OTHER_SLACK
 
     @property
     def workspace(self) -> int:
@@ -88,7 +89,12 @@ def network_numbers(family: Family) -> Mapping[str, int]:
 
 
 def unet_bytes(config: UNetConfig, h: int, w: int, rows: int, dtype: torch.dtype, kernels: Kernels) -> int:
-    """The peak of feature maps in one call of `rows` rows, its skips among them."""
+    """What one call of `rows` rows takes at its peak."""
+    return int(kernels.slack(UNET_SLACK) * unet_tensors(config, h, w, rows, dtype, kernels))
+
+
+def unet_tensors(config: UNetConfig, h: int, w: int, rows: int, dtype: torch.dtype, kernels: Kernels) -> int:
+    """The peak of feature maps in bytes, skips among them."""
     size = dtype.itemsize
     cells = [h * w // 4**index for index in range(len(config.channel_mult))]
     widths = [config.channels * mult for mult in config.channel_mult]
@@ -141,7 +147,14 @@ def _unet_walk(
 def decoder_bytes(
     config: AutoencoderConfig, h: int, w: int, pictures: int, dtype: torch.dtype, kernels: Kernels
 ) -> int:
-    """The peak of feature maps in one decode of `pictures` latents of h x w."""
+    """What one decode of `pictures` latents of h x w takes at its peak; an encode takes no more."""
+    return int(kernels.slack(DECODER_SLACK) * decoder_tensors(config, h, w, pictures, dtype, kernels))
+
+
+def decoder_tensors(
+    config: AutoencoderConfig, h: int, w: int, pictures: int, dtype: torch.dtype, kernels: Kernels
+) -> int:
+    """The peak of feature maps in bytes."""
     size, n = dtype.itemsize, h * w
     width = config.channels * config.channel_mult[-1]
     attention = 6 * width * n * size + kernels.scores(1, width, n)

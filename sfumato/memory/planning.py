@@ -70,13 +70,13 @@ class _Setting:
 
     def unet(self, rows: int) -> int:
         h, w = (side // self.family.autoencoder.factor for side in (self.height, self.width))
-        return self.kernels.taken(unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels))
+        return unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels)
 
     def decoder(self, pictures: int) -> int:
         """With the finished pictures, which are float32."""
         config = self.family.autoencoder
         h, w = (min(side, self.tile or side) // config.factor for side in (self.height, self.width))
-        taken = self.kernels.taken(decoder_bytes(config, h, w, pictures, self.dtype, self.kernels))
+        taken = decoder_bytes(config, h, w, pictures, self.dtype, self.kernels)
         return taken + 4 * config.image_channels * self.count * self.width * self.height
 
     def stage(self, name: str, activations: int) -> int:

@@ -134,7 +134,7 @@ def read_axis(flag: str, text: str) -> Axis:
 
 
 def find_field(flag: str, name: str) -> tuple[str, Kind]:
-    """The field of a name as people write it ("clip-skip", "options.s_churn"); ValueError with the nearest there are."""
+    """The field of a name as people write it ("clip-skip", "options.s_churn"); ValueError with the nearest."""
     kinds = field_kinds()
     key = name.strip().lower().replace("-", "_")
     if key.startswith("hires_"):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 Box = tuple[int, int, int, int]
 MAX_PIXELS = 170_000_000  # Pillow refuses to open more than 179 million
 MAX_LINES = 3
-INK, GREY = (20, 20, 20), (110, 110, 110)
+INK, GREY, EDGE = (20, 20, 20), (110, 110, 110), (215, 215, 215)
 MIN_WIDTH = 240  # px, room for the title
 PIECES = re.compile(r"\s+|[^\s_/,+-]+[_/,+-]*|[_/,+-]+")
 
@@ -216,6 +216,8 @@ class Sheet:
         pen = ImageDraw.Draw(paper)
         for left, top, text, ink in layout.texts:
             pen.text((left, top), text, fill=ink, font=self.font)
+        for left, upper, right, lower in layout.boxes.values():  # so that a white picture has an edge
+            pen.rectangle((left - 1, upper - 1, right, lower), outline=EDGE)
         return np.array(paper)
 
 
