@@ -30,11 +30,11 @@ from sfumato.tasks.decoding import decode
 from sfumato.types import Job
 from sfumato.weights.cache import ModelCache
 from sfumato.weights.checkpoint import load_model, save_checkpoint
-from sfumato.weights.diffusers_configs import components, folder_files
-from sfumato.weights.folder import table_of
 from sfumato.weights.hub import needed, resolve
+from sfumato.weights.layouts.diffusers_configs import components, folder_files
+from sfumato.weights.layouts.folder import table_of
+from sfumato.weights.layouts.tables import to_layout
 from sfumato.weights.parts import build
-from sfumato.weights.tables import to_layout
 from tests.tiny import TINIES, random_parts
 
 # As the published folders have them; without these a scheduler of diffusers that is made from the config clips latents.

@@ -14,7 +14,7 @@ from sfumato.cli.main import main
 from sfumato.families import Family
 from sfumato.weights.checkpoint import load_model, open_checkpoint, save_checkpoint
 from sfumato.weights.files import load_safetensors, save_safetensors
-from sfumato.weights.original_layout import ema_name
+from sfumato.weights.layouts.original_names import ema_name
 from sfumato.weights.overrides import recall
 from tests import hostile
 from tests.tiny import TINIES, random_parts, save_bare

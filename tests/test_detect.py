@@ -9,9 +9,9 @@ import torch
 
 from sfumato.families import FAMILIES, Family, find_family
 from sfumato.families.detect import V_BIAS, Clues, detect, other_kind
-from sfumato.weights.original_layout import part_table, rightly_unused
+from sfumato.weights.layouts.original_names import part_table, rightly_unused
+from sfumato.weights.layouts.tables import stored_shape
 from sfumato.weights.parts import shapes_of
-from sfumato.weights.tables import stored_shape
 
 Shapes = dict[str, tuple[int, ...]]
 

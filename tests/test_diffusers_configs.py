@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sfumato.families import FAMILIES
-from sfumato.weights.diffusers_configs import components, configs_of, family_of
+from sfumato.weights.layouts.diffusers_configs import components, configs_of, family_of
 
 
 @pytest.mark.parametrize("name", FAMILIES)

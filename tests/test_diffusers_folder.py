@@ -27,8 +27,8 @@ from sfumato.models.clip import CLIPText
 from sfumato.models.layers import timestep_embedding
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
-from sfumato.weights.diffusers_configs import components, configs_of, family_of, folder_files, stored_layers
-from sfumato.weights.diffusers_layout import (
+from sfumato.weights.layouts.diffusers_configs import components, configs_of, family_of, folder_files, stored_layers
+from sfumato.weights.layouts.diffusers_names import (
     autoencoder_keys,
     canonical,
     component_files,
@@ -36,8 +36,8 @@ from sfumato.weights.diffusers_layout import (
     text_keys,
     unet_keys,
 )
-from sfumato.weights.diffusers_tokenizer import check_vocabulary
-from sfumato.weights.tables import Table, from_layout, to_layout
+from sfumato.weights.layouts.diffusers_tokenizer import check_vocabulary
+from sfumato.weights.layouts.tables import Table, from_layout, to_layout
 
 SIZE_DIM, POOLED, VOCAB = 8, 12, 600
 log = logging.getLogger(__name__)  # figures are seen with --log-cli-level=INFO

@@ -7,7 +7,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from sfumato.models.tokenizer import ClipTokenizer
-from sfumato.weights.diffusers_tokenizer import check_vocabulary, tokenizer_configs, vocabulary_files
+from sfumato.weights.layouts.diffusers_tokenizer import check_vocabulary, tokenizer_configs, vocabulary_files
 
 STRINGS = [
     "", " ", "a", "A photo of a CAT", "it's the dog's, they'll've 'em", "12345 67.89", "naïve café", "cafe\u0301",

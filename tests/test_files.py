@@ -31,19 +31,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sfumato.weights import hashes
 from sfumato.weights.files import (
     file_hash,
+    hashes,
     load_safetensors,
     old_hash,
     open_tensors,
     save_safetensors,
     sha256,
 )
-from sfumato.weights.mapped import StoredTensor, dense, short
-from sfumato.weights.pickle_names import Leftover
-from sfumato.weights.pickles import open_pickle
-from sfumato.weights.safetensors_header import DTYPES
+from sfumato.weights.files.mapped import StoredTensor, dense, short
+from sfumato.weights.files.pickle_names import Leftover
+from sfumato.weights.files.pickles import open_pickle
+from sfumato.weights.files.safetensors_header import DTYPES
 from tests import hostile
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])

@@ -17,7 +17,7 @@ from sfumato.families import FAMILIES, Model
 from sfumato.models.layers import slice_attention
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.types import Cond, NetState
-from sfumato.weights.diffusers_layout import to_diffusers, unet_keys
+from sfumato.weights.layouts.diffusers_names import to_diffusers, unet_keys
 from tests.conftest import TINY
 from tests.test_engine import assert_same, network_calls
 from tests.test_parity_networks import diffusers_unet

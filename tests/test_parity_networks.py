@@ -32,10 +32,10 @@ from sfumato.models.layers import timestep_embedding
 from sfumato.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from sfumato.models.unet import UNet, UNetConfig
 from sfumato.weights.checkpoint import load_model, save_checkpoint
-from sfumato.weights.diffusers_layout import autoencoder_keys, from_diffusers, text_keys, to_diffusers, unet_keys
 from sfumato.weights.files import load_safetensors, save_safetensors
+from sfumato.weights.layouts.diffusers_names import autoencoder_keys, from_diffusers, text_keys, to_diffusers, unet_keys
+from sfumato.weights.layouts.tables import Place, Table
 from sfumato.weights.parts import build
-from sfumato.weights.tables import Place, Table
 from tests.test_models import PUBLISHED_UNETS
 
 

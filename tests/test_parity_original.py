@@ -25,8 +25,8 @@ from sfumato.models.clip import (
     CLIPVisionConfig,
 )
 from sfumato.models.unet import UNet, UNetConfig
-from sfumato.weights.original_layout import text_table
-from sfumato.weights.tables import to_layout
+from sfumato.weights.layouts.original_names import text_table
+from sfumato.weights.layouts.tables import to_layout
 from tests.ldm_peer import load_ldm, load_open_clip, open_clip_config, original_unet
 from tests.test_parity_networks import agree, randn, randomise
 

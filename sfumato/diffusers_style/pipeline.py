@@ -33,8 +33,8 @@ from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete
 from sfumato.tasks.decoding import decode
 from sfumato.types import Job
-from sfumato.weights.folder import read_configs
 from sfumato.weights.hub import resolve
+from sfumato.weights.layouts.folder import read_configs
 
 Callback = Callable[..., Mapping[str, Any] | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

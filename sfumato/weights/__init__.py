@@ -1,1 +1,1 @@
-"""Files of named tensors <-> networks."""
+"""Checkpoints: files of named tensors <-> networks, in every layout; converting, merging, caching them."""

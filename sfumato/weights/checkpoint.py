@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sfumato.families import Family, Model
 from sfumato.models.tokenizer import ClipTokenizer
-from sfumato.weights import original_layout
-from sfumato.weights.diffusers_layout import autoencoder_keys
 from sfumato.weights.files import file_hash, open_tensors, save_safetensors
-from sfumato.weights.folder import folder_hash, open_component, open_folder
+from sfumato.weights.layouts import original_names
+from sfumato.weights.layouts.diffusers_names import autoencoder_keys
+from sfumato.weights.layouts.folder import folder_hash, open_component, open_folder
+from sfumato.weights.layouts.single_file import open_file
+from sfumato.weights.layouts.tables import Place, to_layout
 from sfumato.weights.parts import Checkpoint, Pool, build, match, shapes_of
 from sfumato.weights.placing import fill
-from sfumato.weights.single_file import open_file
-from sfumato.weights.tables import Place, to_layout
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -
             table = autoencoder_keys(family.autoencoder)
         else:
             file = open_tensors(path)
-            prefix = original_layout.AUTOENCODER
+            prefix = original_names.AUTOENCODER
             pool = {name.removeprefix(prefix): (file, name) for name in file.names()}
             diffusers = any(name.startswith("encoder.down_blocks.") for name in pool)
             table = autoencoder_keys(family.autoencoder) if diffusers else {name: Place(name) for name in shapes}
@@ -78,7 +78,7 @@ def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -
         ) from error
     checkpoint.parts["autoencoder"] = taken.parts["autoencoder"]
     checkpoint.missing.pop("autoencoder", None)
-    checkpoint.misshapen = [text for text in checkpoint.misshapen if original_layout.AUTOENCODER not in text]
+    checkpoint.misshapen = [text for text in checkpoint.misshapen if original_names.AUTOENCODER not in text]
 
 
 def load_model(
@@ -149,7 +149,7 @@ def save_checkpoint(
             if name in shapes and tuple(tensor.shape) != shapes[name]:
                 raise ValueError(f"{part}: the tensor {name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
         try:
-            tensors |= to_layout(state, original_layout.part_table(family, part, shapes))
+            tensors |= to_layout(state, original_names.part_table(family, part, shapes))
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from error
     if unknown := set(parts) - set(family.parts):

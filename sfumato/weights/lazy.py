@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sfumato.weights.layouts.tables import THIRDS, Change, Table, stored_shape
 from sfumato.weights.parts import Source
-from sfumato.weights.tables import THIRDS, Change, Table, stored_shape
 
 
 @dataclass(frozen=True)

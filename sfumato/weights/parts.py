@@ -18,7 +18,7 @@ from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIPText
 from sfumato.models.unet import UNet
 from sfumato.weights.files import TensorFile
-from sfumato.weights.tables import Change, Table, ours_of, stored_shape
+from sfumato.weights.layouts.tables import Change, Table, ours_of, stored_shape
 
 Pool = Mapping[str, tuple[TensorFile, str]]  # a stored name in its layout's own spelling -> where it really is
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from sfumato.families import Family
-from sfumato.weights import original_layout
-from sfumato.weights.diffusers_configs import components, folder_files
 from sfumato.weights.files import TensorFile, open_tensors
-from sfumato.weights.folder import SURPLUS, table_of
+from sfumato.weights.layouts import original_names
+from sfumato.weights.layouts.diffusers_configs import components, folder_files
+from sfumato.weights.layouts.folder import SURPLUS, table_of
 from sfumato.weights.lazy import Lazy, from_source, stored
 from sfumato.weights.parts import Checkpoint
 from sfumato.weights.stream import write_safetensors
@@ -95,7 +95,7 @@ def write(
 def _single(family: Family, parts: Parts) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for part, ours in parts.items():
-        tensors |= stored(ours, original_layout.part_table(family, part, ours))
+        tensors |= stored(ours, original_names.part_table(family, part, ours))
     return tensors
 
 
@@ -116,7 +116,7 @@ def _write_folder(
     for part, ours in parts.items():
         table = table_of(family, part)
         rest = {name: lazy for name, lazy in ours.items() if name not in table}
-        surplus |= stored(rest, original_layout.part_table(family, part, rest))
+        surplus |= stored(rest, original_names.part_table(family, part, rest))
         file = "model" if folders[part].startswith("text_encoder") else "diffusion_pytorch_model"
         write_safetensors(
             folder / folders[part] / f"{file}.safetensors", stored(ours, table), {"format": "pt"}, progress

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sfumato.weights.mapped import LARGEST, MAX_DIMENSIONS, check_shape, extent, short
+from sfumato.weights.files.mapped import LARGEST, MAX_DIMENSIONS, check_shape, extent, short
 
 MAX_KEY = 256  # letters of a storage's name; torch writes a number
 MAX_EXPANDED = 1 << 20  # elements of a tensor that repeats its storage (strides of 0)

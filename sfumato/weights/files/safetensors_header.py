@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sfumato.weights.mapped import LARGEST, Mapped, StoredTensor, check_shape, dense, short
+from sfumato.weights.files.mapped import LARGEST, Mapped, StoredTensor, check_shape, dense, short
 
 MAX_HEADER = 100_000_000  # the library's own limit
 SPACES = b" \t\r\n"  # what JSON allows around its values

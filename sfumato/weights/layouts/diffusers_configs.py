@@ -9,8 +9,8 @@ import json
 from typing import Any
 
 from sfumato.families import Family, TextTower
-from sfumato.weights.diffusers_family import family_of, is_xl, text_components
-from sfumato.weights.diffusers_fields import (
+from sfumato.weights.layouts.diffusers_family import family_of, is_xl, text_components
+from sfumato.weights.layouts.diffusers_fields import (
     BASE,
     CROSS,
     INDEX,
@@ -27,7 +27,7 @@ from sfumato.weights.diffusers_fields import (
     VAE,
     Configs,
 )
-from sfumato.weights.diffusers_tokenizer import tokenizer_configs, vocabulary_files
+from sfumato.weights.layouts.diffusers_tokenizer import tokenizer_configs, vocabulary_files
 
 __all__ = ["components", "configs_of", "family_of", "folder_files", "stored_layers"]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from sfumato.families import Family, TextTower
-from sfumato.weights.tables import Change, Place
+from sfumato.weights.layouts.tables import Change, Place
 
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from sfumato.weights.mapped import Mapped, StoredTensor, blamed_on, short
-from sfumato.weights.pickle_names import Leftover, RawTensor, Refused, Storage
-from sfumato.weights.unpickle import MAX_BYTES, Machine, Window
+from sfumato.weights.files.mapped import Mapped, StoredTensor, blamed_on, short
+from sfumato.weights.files.pickle_names import Leftover, RawTensor, Refused, Storage
+from sfumato.weights.files.unpickle import MAX_BYTES, Machine, Window
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.tokenizer import FULL_VOCAB_SIZE
 from sfumato.models.unet import UNetConfig
-from sfumato.weights import diffusers_fields as words
-from sfumato.weights.diffusers_fields import Configs, Fields
-from sfumato.weights.diffusers_tokenizer import pad_token_of
+from sfumato.weights.layouts import diffusers_fields as words
+from sfumato.weights.layouts.diffusers_fields import Configs, Fields
+from sfumato.weights.layouts.diffusers_tokenizer import pad_token_of
 
 SMALLEST_VOCAB = 514  # the bytes, alone and at a word's end, and the two special tokens
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.weights.hashes import file_hash, old_hash, sha256
-from sfumato.weights.mapped import Mapped, StoredTensor, blamed_on
-from sfumato.weights.pickles import is_torch_file, named, read_root
-from sfumato.weights.safetensors_header import is_safetensors, read_header
+from sfumato.weights.files.hashes import file_hash, old_hash, sha256
+from sfumato.weights.files.mapped import Mapped, StoredTensor, blamed_on
+from sfumato.weights.files.pickles import is_torch_file, named, read_root
+from sfumato.weights.files.safetensors_header import is_safetensors, read_header
 
 __all__ = [
     "TensorFile",

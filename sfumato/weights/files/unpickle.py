@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable
 from typing import IO, Any, cast
 
-from sfumato.weights.mapped import Mapped, short
-from sfumato.weights.pickle_names import (
+from sfumato.weights.files.mapped import Mapped, short
+from sfumato.weights.files.pickle_names import (
     Builder,
     Leftover,
     NumpyType,

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sfumato.weights.mapped import blamed_on, is_there
+from sfumato.weights.files.mapped import blamed_on, is_there
 
 log = logging.getLogger(__name__)
 

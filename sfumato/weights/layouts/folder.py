@@ -10,9 +10,10 @@ from typing import Any
 
 from sfumato.families import Family
 from sfumato.families.detect import Detection
-from sfumato.weights.diffusers_configs import components, stored_layers
-from sfumato.weights.diffusers_family import family_of
-from sfumato.weights.diffusers_layout import (
+from sfumato.weights.files import TensorFile, open_tensors, sha256
+from sfumato.weights.layouts.diffusers_configs import components, stored_layers
+from sfumato.weights.layouts.diffusers_family import family_of
+from sfumato.weights.layouts.diffusers_names import (
     autoencoder_keys,
     canonical,
     component_files,
@@ -20,10 +21,9 @@ from sfumato.weights.diffusers_layout import (
     text_keys,
     unet_keys,
 )
-from sfumato.weights.diffusers_tokenizer import check_vocabulary
-from sfumato.weights.files import TensorFile, open_tensors, sha256
+from sfumato.weights.layouts.diffusers_tokenizer import check_vocabulary
+from sfumato.weights.layouts.tables import Table
 from sfumato.weights.parts import Checkpoint, match, shapes_of
-from sfumato.weights.tables import Table
 
 SURPLUS = "sfumato_surplus.safetensors"  # tensors of a single file that the folder's layout has no place for
 

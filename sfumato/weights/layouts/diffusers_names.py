@@ -19,7 +19,7 @@ from torch import nn
 from sfumato.models.autoencoder import Autoencoder, AutoencoderConfig
 from sfumato.models.clip import CLIPText, CLIPTextConfig
 from sfumato.models.unet import UNet, UNetConfig
-from sfumato.weights.tables import Change, Place, from_layout, to_layout
+from sfumato.weights.layouts.tables import Change, Place, from_layout, to_layout
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sfumato.families import Family
 from sfumato.families.detect import Clues, Detection, detect, other_kind
-from sfumato.weights import original_layout
 from sfumato.weights.files import TensorFile, open_tensors
+from sfumato.weights.layouts import original_names
+from sfumato.weights.layouts.tables import Place
 from sfumato.weights.overrides import recall
 from sfumato.weights.parts import Checkpoint, Pool, match, shapes_of
-from sfumato.weights.tables import Place
 
 
 def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
@@ -20,17 +20,17 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
     stored = {name: (file, name) for name in file.names()}
     try:
         found = _detect(file, family or recall(path), path)
-        pool = {original_layout.canonical(name, found.family): place for name, place in stored.items()}
+        pool = {original_names.canonical(name, found.family): place for name, place in stored.items()}
         checkpoint = Checkpoint(path, "single file", found, file.metadata)
-        checkpoint.has_ema = any(name.startswith(original_layout.EMA + "diffusion_model") for name in pool)
+        checkpoint.has_ema = any(name.startswith(original_names.EMA + "diffusion_model") for name in pool)
         if use_ema and not checkpoint.has_ema:
             raise ValueError("use_ema: the file holds no averaged weights (model_ema...)")
         used: set[str] = set()
         for part, shapes in shapes_of(found.family).items():
-            table = original_layout.part_table(found.family, part, shapes)
+            table = original_names.part_table(found.family, part, shapes)
             if use_ema and part == "unet":
-                table = {ours: Place(original_layout.ema_name(place.name)) for ours, place in table.items()}
-                used |= {name for name in pool if name.startswith(original_layout.UNET)}
+                table = {ours: Place(original_names.ema_name(place.name)) for ours, place in table.items()}
+                used |= {name for name in pool if name.startswith(original_names.UNET)}
             used |= match(checkpoint, part, pool, table, shapes)
         _sort_rest(checkpoint, {name: place for name, place in pool.items() if name not in used})
     except ValueError as error:
@@ -59,7 +59,7 @@ def _yaml_prediction(path: Path) -> str | None:
 def _sort_rest(checkpoint: Checkpoint, rest: Pool) -> None:
     """Tensors of no network: known and rightly unused, or unknown."""
     for name, place in rest.items():
-        if original_layout.rightly_unused(name, checkpoint.family):
+        if original_names.rightly_unused(name, checkpoint.family):
             checkpoint.unused[name] = place
         else:
             checkpoint.unknown.append(name)
