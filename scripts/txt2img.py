@@ -1,7 +1,7 @@
 """The original scripts/txt2img.py's command line, flag for flag; the work is done by `sfumato txt2img`.
 
 Said differences: without --ckpt the model in the box draws, at its own size; picture i has its own generator, seeded
-with seed + i; .ckpt files, --laion400m's among them, cannot be loaded yet; there is no safety checker and no watermark.
+with seed + i; --laion400m's model is of no known family; there is no safety checker and no watermark yet.
 """
 
 from __future__ import annotations

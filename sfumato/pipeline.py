@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,21 @@ from sfumato import __version__
 from sfumato.engine import Engine, Run, Watch
 from sfumato.families import Family, Model, find_family
 from sfumato.images import to_uint8
+from sfumato.memory import apply, budget, describe, plan
 from sfumato.tasks import hires as second_pass
 from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete, job_to_dict
 from sfumato.tasks.decoding import decode
 from sfumato.types import Answer, Hires, Job, Query, Result
-from sfumato.weights.checkpoint import load_model
+from sfumato.weights.checkpoint import model_of, open_whole
 from sfumato.weights.hub import resolve
+from sfumato.weights.parts import Checkpoint
 from sfumato.weights.placing import place
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"full": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_PICTURES = 4  # decoded at once
 Progress = Callable[[int, int], None]
 
 
@@ -68,12 +71,28 @@ def moved(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
     return replace(model, device=device, dtype=dtype)
 
 
-class Pipeline:
-    """A loaded model ready to draw. Holds no state between calls. `tile` is the side of decoded tiles in pixels."""
+@dataclass(frozen=True)
+class Memory:
+    """What pictures must fit into: `vram` GiB, or what is free (None). Sizes of None are the family's own."""
 
-    def __init__(self, model: Model, max_rows: int = 32, tile: int | None = None) -> None:
+    vram: float | None = None
+    width: int | None = None
+    height: int | None = None
+    count: int = 1
+
+
+class Pipeline:
+    """A loaded model ready to draw. Holds no state between calls.
+
+    `max_rows` bounds the rows of a network call, `max_pictures` the pictures decoded at once; `tile` is the side of
+    decoded tiles in pixels.
+    """
+
+    def __init__(
+        self, model: Model, max_rows: int = 32, tile: int | None = None, max_pictures: int = MAX_PICTURES
+    ) -> None:
         self.model = model
-        self.tile = tile
+        self.tile, self.max_pictures = tile, max_pictures
         self.engine = Engine(model, max_rows)
 
     @classmethod
@@ -87,26 +106,37 @@ class Pipeline:
         use_ema: bool = False,
         vae: str | Path | None = None,
         variant: str | None = None,
+        memory: Memory | None = None,
     ) -> Pipeline:
         """Load a single file, a diffusers folder, or a model of the Hugging Face hub ("owner/name"); None is the box.
 
         `family` overrides what is detected, `use_ema` takes the averaged U-Net, `vae` is a file, folder or hub name
-        to take the autoencoder from, `variant` names a folder's files ("fp16").
+        to take the autoencoder from, `variant` names a folder's files ("fp16"). `memory` is what must be enough; the
+        plan for it is logged before anything is loaded.
         """
         chosen = choose_device(device)
         dtype = choose_dtype(precision, chosen)
         path = box_path() if path_or_id is None else resolve(path_or_id, variant=variant)
-        return cls(
-            load_model(
-                path,
-                chosen,
-                dtype,
-                family=find_family(family) if isinstance(family, str) else family,
-                use_ema=use_ema,
-                vae=None if vae is None else resolve(vae, variant=variant, field="vae"),
-                variant=variant,
-            )
-        )
+        family = find_family(family) if isinstance(family, str) else family
+        other = None if vae is None else resolve(vae, variant=variant, field="vae")
+        checkpoint = open_whole(path, family, use_ema, other, variant)
+        if memory is None:
+            return cls(model_of(checkpoint, chosen, dtype))
+        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype)
+
+    @classmethod
+    def _within(
+        cls, memory: Memory, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+    ) -> Pipeline:
+        """Plan, say the plan, load and set what it asks for."""
+        family = checkpoint.family
+        width, height = memory.width or family.size, memory.height or family.size
+        found = plan(family, width, height, memory.count, budget(memory.vram, device), device, dtype)
+        log.info("%s", describe(found))
+        model = model_of(checkpoint, torch.device("cpu") if found.offload else device, found.dtype)
+        model = replace(model, device=device)
+        apply(found, model)
+        return cls(model, found.max_rows, found.tile, found.max_pictures)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""
@@ -135,7 +165,8 @@ class Pipeline:
             if job.hires is not None:
                 latents[index], sigmas[index] = self._second_pass(job, job.hires, latents[index], sigmas[index], bar)
         images = [
-            to_uint8(decode(x, last, self.model, tile=self.tile)) for x, last in zip(latents, sigmas, strict=True)
+            to_uint8(decode(x, last, self.model, self.max_pictures, self.tile))
+            for x, last in zip(latents, sigmas, strict=True)
         ]
         seconds = time.perf_counter() - began
         return [self._result(job, image, seconds) for job, image in zip(jobs, images, strict=True)]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sfumato.families import FAMILIES, Family, find_family
-from sfumato.pipeline import Pipeline, box_path
+from sfumato.pipeline import Memory, Pipeline, box_path
 from sfumato.weights.overrides import remember
 
 
@@ -19,6 +19,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="PATH", help="take the autoencoder from this file or folder")
     add("--ema", action="store_true", help="use the averaged weights of a full training checkpoint")
     add("--variant", metavar="NAME", help="a folder's files of this variant, such as fp16")
+    add("--vram", nargs="?", const="free", metavar="GIB", help="fit into so much memory of the device (no number: what "
+        "is free) by half precision, slices, tiles, moving networks; the plan is told first")  # fmt: skip
 
 
 def family_flag(args: argparse.Namespace) -> Family | None:
@@ -32,12 +34,25 @@ def family_flag(args: argparse.Namespace) -> Family | None:
     return find_family(args.family)
 
 
+def memory_flag(args: argparse.Namespace) -> Memory | None:
+    """What --vram asks for, for pictures of the size and count of the other flags."""
+    if args.vram is None:
+        return None
+    try:
+        vram = None if args.vram == "free" else float(args.vram)
+    except ValueError as error:
+        raise ValueError(f"vram={args.vram!r}: a number of GiB is needed") from error
+    count = getattr(args, "n_samples", 1)
+    return Memory(vram, getattr(args, "width", None), getattr(args, "height", None), count)
+
+
 def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeline:
     """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such."""
     family = family_flag(args)
     pipeline = Pipeline.from_pretrained(
-        args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant
-    )
+        args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
+        memory=memory_flag(args),
+    )  # fmt: skip
     path = Path(args.ckpt or box_path())
     if family is not None and path.is_file():
         remember(path, family)

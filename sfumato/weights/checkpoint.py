@@ -92,13 +92,24 @@ def load_model(
     variant: str | None = None,
 ) -> Model:
     """Load a checkpoint (arguments as in `open_checkpoint`); every ValueError begins with the file's name."""
-    path, device = Path(path), torch.device(device)
+    checkpoint = open_whole(path, family, use_ema, vae, variant)
+    return model_of(checkpoint, torch.device(device), dtype)
+
+
+def open_whole(
+    path: str | Path,
+    family: Family | None = None,
+    use_ema: bool = False,
+    vae: str | Path | None = None,
+    variant: str | None = None,
+) -> Checkpoint:
+    """A checkpoint that can be loaded as it is, and the log of what was decided; ValueError names the first problem."""
     checkpoint = open_checkpoint(path, family, use_ema, vae, variant)
     if problems := checkpoint.problems():
         more = f" (and {len(problems) - 1} more: sfumato inspect)" if len(problems) > 1 else ""
         raise ValueError(f"ckpt={str(path)!r}: as {checkpoint.family.name}, {problems[0]}{more}")
     report(checkpoint, use_ema)
-    return model_of(checkpoint, device, dtype)
+    return checkpoint
 
 
 def report(checkpoint: Checkpoint, use_ema: bool = False) -> None:
