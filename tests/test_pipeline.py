@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 import sfumato
 from sfumato import Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from sfumato.diffusers_style.noise import BatchNoise, Share
-from sfumato.diffusers_style.scheduler import Scheduler, scheduler_of, usual_scheduler
+from sfumato.tasks.diffusers_scheduler import Scheduler, scheduler_of, usual_scheduler
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import FAMILIES
 from tests.test_cache import write_folder

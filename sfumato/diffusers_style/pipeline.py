@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from sfumato.diffusers_style.arguments import LOADING_IGNORED, in_their_names, refuse, refuse_unknown, sized, texts_of
 from sfumato.diffusers_style.noise import BatchNoise, Generators, Share
-from sfumato.diffusers_style.scheduler import CHANGEABLE, Scheduler, scheduler_of, usual_scheduler
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.engine import Run
 from sfumato.images import to_uint8
@@ -32,6 +31,7 @@ from sfumato.pipeline import PRECISIONS, Pipeline, box_path, choose_device
 from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete
 from sfumato.tasks.decoding import decode
+from sfumato.tasks.diffusers_scheduler import CHANGEABLE, Scheduler, scheduler_of, usual_scheduler
 from sfumato.types import Job
 from sfumato.weights.hub import resolve
 from sfumato.weights.layouts.folder import read_configs
@@ -298,14 +298,10 @@ class StableDiffusionPipeline:
             latents,
             self.scheduler.start_scale(sigmas[0]),
         )
-        runs = []
+        runs, scale = [], sampler.start_scale(sigmas[0])  # the noise holds the rest of diffusers' scale
         for index, job in enumerate(jobs):
             share = Share(noise, slice(index * count, (index + 1) * count))
-            run = txt2img.start(job, model, noise=share)
-            if sigmas != txt2img.sigmas_of(job, model):  # then the same sampler begins at diffusers' levels
-                x = noise.draw(0, share.rows) * sampler.start_scale(sigmas[0])
-                run.steps, run.sigmas = sampler.run(x, sigmas, share, **txt2img.sampler_options(job, model)), sigmas
-            runs.append(run)
+            runs.append(txt2img.start(job, model, noise=share, sigmas=sigmas, scale=scale))
         return runs
 
     @torch.inference_mode()

@@ -73,11 +73,11 @@ class _Setting:
         return unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels)
 
     def decoder(self, pictures: int) -> int:
-        """With the finished pictures, which are float32."""
+        """With the finished pictures in float32, and those in work twice, as they are blended and converted."""
         config = self.family.autoencoder
         h, w = (min(side, self.tile or side) // config.factor for side in (self.height, self.width))
         taken = decoder_bytes(config, h, w, pictures, self.dtype, self.kernels)
-        return taken + 4 * config.image_channels * self.count * self.width * self.height
+        return taken + 4 * config.image_channels * (self.count + 2 * pictures) * self.width * self.height
 
     def stage(self, name: str, activations: int) -> int:
         """All that is on the device while the network `name` works."""

@@ -141,8 +141,8 @@ def _check_numbers(job: Job, family: Family) -> None:
         raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
     if job.guidance_high is not None and job.guidance_high <= job.guidance_low:
         raise ValueError(f"guidance_high={job.guidance_high}: more than guidance_low={job.guidance_low} is needed")
-    if job.threshold == 0:
-        raise ValueError("threshold=0: more than 0 is needed")
+    if job.threshold is not None and (job.threshold == 0 or job.mimic is None):
+        raise ValueError(f"threshold={job.threshold}: more than 0 is needed, and mimic, the scale whose range is kept")
     if job.freeu is not None:
         if not isinstance(job.freeu, (tuple, list)) or len(job.freeu) != 4:
             raise ValueError(f"freeu={job.freeu!r}: four numbers are needed, b1, b2, s1, s2")

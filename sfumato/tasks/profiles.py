@@ -16,7 +16,8 @@ class Profile:
     `grammar`: A1111's grammar is read, else the prompt is plain text. `long`: prompts may have more than one chunk.
     `first_step` is what prompt schedules count from. `one_generator`: all pictures of a job come from one generator,
     else picture i from that of seed + i. `schedule` is what samplers without a schedule of their own get.
-    `zero_negative`: an empty negative prompt is zeros where the family says so.
+    `zero_negative`: an empty negative prompt is zeros where the family says so. `diffusers_levels`: samplers visit the
+    levels, and start from the scale, of diffusers' schedulers of their names.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Profile:
     steps: int | None = None
     guidance: float | None = None
     zero_negative: bool = True
+    diffusers_levels: bool = False
 
 
 PROFILES = {
@@ -66,6 +68,7 @@ PROFILES = {
             long=False,
             weighting="none",
             one_generator=True,
+            diffusers_levels=True,
             steps=50,
         ),
         Profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.engine import Run, Watch
 from sfumato.families import Model
 from sfumato.tasks.checks import sampler_of
+from sfumato.tasks.diffusers_scheduler import Scheduler, scheduler_of
 from sfumato.tasks.profiles import find_profile
 from sfumato.tasks.telling import guidance_of
 from sfumato.types import Job
@@ -37,11 +39,25 @@ def seeds_of(job: Job) -> tuple[int, ...]:
 
 def sigmas_of(job: Job, model: Model) -> list[float]:
     """The noise levels that a complete job visits, falling."""
+    schedule, sampler = NoiseSchedule(model.family.schedule), sampler_of(job)
+    if (scheduler := _scheduler_of(job, model)) and (levels := scheduler.levels(schedule, int(job.steps or 1))):
+        return levels
     table = "sdxl" if model.family.size_cond else "sd1"
-    schedule = NoiseSchedule(model.family.schedule)
-    return sampling_sigmas(
-        str(job.schedule), schedule, int(job.steps or 1), discard=sampler_of(job).discard, table=table
-    )
+    return sampling_sigmas(str(job.schedule), schedule, int(job.steps or 1), discard=sampler.discard, table=table)
+
+
+def start_scale(job: Job, model: Model, sigma: float) -> float:
+    """What the first noise is multiplied by, for a complete job whose first level is sigma."""
+    scheduler = _scheduler_of(job, model)
+    return sampler_of(job).start_scale(sigma) * (1.0 if scheduler is None else scheduler.start_scale(sigma))
+
+
+def _scheduler_of(job: Job, model: Model) -> Scheduler | None:
+    """diffusers' scheduler, where a job is to be like it and asks for no schedule but the sampler's own."""
+    sampler = sampler_of(job)
+    if not find_profile(job.like).diffusers_levels or job.schedule != sampler.schedule:
+        return None
+    return scheduler_of(sampler.name, model.family)
 
 
 def latent_shape(job: Job, model: Model) -> tuple[int, int, int]:
@@ -83,21 +99,38 @@ def sampler_options(job: Job, model: Model) -> dict[str, Any]:
     return options
 
 
-def run_of(job: Job, model: Model, plan: Guidance, noise: Noise, watch: Watch | None = None) -> Run:
-    """One run of all the pictures that `noise` is for."""
-    sampler, sigmas = sampler_of(job), sigmas_of(job, model)
-    x = noise() * sampler.start_scale(sigmas[0])
+def run_of(
+    job: Job,
+    model: Model,
+    plan: Guidance,
+    noise: Noise,
+    watch: Watch | None = None,
+    sigmas: Sequence[float] | None = None,
+    scale: float | None = None,
+) -> Run:
+    """One run of all the pictures that `noise` is for, on the job's levels and from its scale where none are given."""
+    sampler, sigmas = sampler_of(job), sigmas_of(job, model) if sigmas is None else sigmas
+    x = noise() * (start_scale(job, model, sigmas[0]) if scale is None else scale)
     return Run(sampler.run(x, sigmas, noise, **sampler_options(job, model)), plan, sigmas, watch)
 
 
 @torch.inference_mode()
-def start(job: Job, model: Model, watch: Watch | None = None, *, noise: Noise | None = None) -> Run:
+def start(
+    job: Job,
+    model: Model,
+    watch: Watch | None = None,
+    *,
+    noise: Noise | None = None,
+    sigmas: Sequence[float] | None = None,
+    scale: float | None = None,
+) -> Run:
     """The run of all pictures of a complete job, not yet begun; its result is x (B, C, h, w) at the last noise level.
 
-    `noise`, for as many pictures as the job has, replaces that of its seeds.
+    `noise`, for as many pictures as the job has, replaces that of its seeds, `sigmas` the levels that it visits, and
+    `scale` what the first noise is multiplied by.
     """
     plan = guidance_of(job, model, blank(model, size_of(job)))
-    return run_of(job, model, plan, noise_of(job, model) if noise is None else noise, watch)
+    return run_of(job, model, plan, noise_of(job, model) if noise is None else noise, watch, sigmas, scale)
 
 
 def noise_of(job: Job, model: Model) -> Noise:
