@@ -92,7 +92,7 @@ def test_prediction_of_fine_tunes() -> None:
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
         (["model.diffusion_model.joint_blocks.0.x"], "SD 3"),
         (["conv_first.weight"], "an upscaler"),
-        (["something"], "not a Stable Diffusion checkpoint"),
+        (["something"], "no Stable Diffusion checkpoint"),
     ],
 )
 def test_other_files_are_named(names: list[str], words: str) -> None:

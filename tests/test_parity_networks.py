@@ -470,7 +470,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
             load_model(tmp_path / name)
     save_safetensors(tmp_path / "lora.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match=r"lora.safetensors.*not a Stable Diffusion checkpoint"):
+    with pytest.raises(ValueError, match=r"lora.safetensors.*no Stable Diffusion checkpoint"):
         load_model(tmp_path / "lora.safetensors")
     save_safetensors(tmp_path / "odd.safetensors", {"a": torch.zeros(1)}, {"sfumato.family": '{"name": "odd"}'})
     with pytest.raises(ValueError, match=r"odd.safetensors.*not a family"):

@@ -45,7 +45,7 @@ def opened(args: argparse.Namespace, use_ema: bool = False) -> Checkpoint:
         resolve(args.ckpt), family_flag(args), use_ema, getattr(args, "vae", None), args.variant
     )
     if problems := checkpoint.problems():
-        raise ValueError(f"ckpt={args.ckpt!r}: as {checkpoint.family.name}, {problems[0]}")
+        raise ValueError(f"ckpt={args.ckpt!r}: as {checkpoint.family.name}, {problems[0]}{checkpoint.hint}")
     if args.out and Path(args.out).exists() and Path(args.out).resolve() == Path(args.ckpt).resolve():
         raise ValueError(f"out={args.out!r}: the source itself; name another file")
     return checkpoint

@@ -23,7 +23,7 @@ V_BIAS_DEVIATION = 0.09  # above it in the published SD 2.x v models, below it i
 
 # What else a file of tensors may be: the first of these that fits is named in the refusal.
 OTHERS = (
-    ("a Stable Diffusion checkpoint of no known family", r"model\.diffusion_model\.input_blocks\."),
+    ("a Stable Diffusion U-Net", r"model\.diffusion_model\.input_blocks\."),
     ("a LoRA or one of its kin", r"lora_(unet|te\d?)_|.*\.lora_(up|down|A|B)\.|.*(hada_w1|lokr_w1|oft_blocks)"),
     ("a ControlNet", r"control_model\.|controlnet_|zero_convs\.|input_hint_block\."),
     ("an autoencoder alone", r"(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|mid_block|down_blocks)"),
@@ -73,7 +73,7 @@ def signature(shapes: Mapping[str, Sequence[int]]) -> tuple[int | None, ...]:
     first = shapes.get(FIRST_CONV, ())
     keys = [name for name in shapes if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")]
     if len(first) != 4 or not keys or any(len(shapes[name]) != 2 for name in keys):
-        raise ValueError(f"it is {other_kind(shapes)}: a Stable Diffusion checkpoint has {FIRST_CONV} and attention")
+        raise ValueError(f"it is {other_kind(shapes)}; a checkpoint has {FIRST_CONV} and cross-attention")
     vector = shapes.get(f"{UNET}label_emb.0.0.weight")
     classes = shapes.get(f"{UNET}label_emb.weight")
     return (
@@ -91,7 +91,7 @@ def other_kind(names: Mapping[str, object] | Sequence[str]) -> str:
     for what, pattern in OTHERS:
         if any(re.match(pattern, name) for name in names):
             return what
-    return "not a Stable Diffusion checkpoint"
+    return "no Stable Diffusion checkpoint"
 
 
 def detect(shapes: Mapping[str, Sequence[int]], clues: Clues) -> Detection:

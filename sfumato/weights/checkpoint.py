@@ -107,7 +107,7 @@ def open_whole(
     checkpoint = open_checkpoint(path, family, use_ema, vae, variant)
     if problems := checkpoint.problems():
         more = f" (and {len(problems) - 1} more: sfumato inspect)" if len(problems) > 1 else ""
-        raise ValueError(f"ckpt={str(path)!r}: as {checkpoint.family.name}, {problems[0]}{more}")
+        raise ValueError(f"ckpt={str(path)!r}: as {checkpoint.family.name}, {problems[0]}{more}{checkpoint.hint}")
     report(checkpoint, use_ema)
     return checkpoint
 

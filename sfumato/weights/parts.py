@@ -49,7 +49,8 @@ class Source:
 class Checkpoint:
     """What a file or folder holds for its family: `parts` by our names, and what does not fit, in the layout's names.
 
-    `unused` are the tensors that are in no network and rightly so, by their stored names.
+    `unused` are the tensors that are in no network and rightly so, by their stored names; `natural` is the family that
+    it would be taken for, where a person named one.
     """
 
     path: Path
@@ -62,10 +63,18 @@ class Checkpoint:
     unknown: list[str] = field(default_factory=list)
     unused: dict[str, tuple[TensorFile, str]] = field(default_factory=dict)
     has_ema: bool = False
+    natural: Family | None = None
 
     @property
     def family(self) -> Family:
         return self.detection.family
+
+    @property
+    def hint(self) -> str:
+        """What to think of where a family was named that does not fit."""
+        if self.natural is None or self.natural.name == self.family.name:
+            return ""
+        return f"; by itself it would be taken for {self.natural.name}"
 
     def problems(self) -> list[str]:
         """What keeps it from being loaded, each in words; empty where nothing does."""

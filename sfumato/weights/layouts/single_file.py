@@ -20,8 +20,10 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
     stored = {name: (file, name) for name in file.names()}
     try:
         found = _detect(file, family or recall(path), path)
+        natural = None if family is None else _natural(file, path)
         pool = {original_names.canonical(name, found.family): place for name, place in stored.items()}
         checkpoint = Checkpoint(path, "single file", found, file.metadata)
+        checkpoint.natural = natural
         checkpoint.has_ema = any(name.startswith(original_names.EMA + "diffusion_model") for name in pool)
         if use_ema and not checkpoint.has_ema:
             raise ValueError("use_ema: the file holds no averaged weights (model_ema...)")
@@ -36,6 +38,14 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"ckpt={str(path)!r}: {error}") from error
     return checkpoint
+
+
+def _natural(file: TensorFile, path: Path) -> Family | None:
+    """What a file would be taken for if nobody had said."""
+    try:
+        return _detect(file, None, path).family
+    except ValueError:
+        return None
 
 
 def _detect(file: TensorFile, family: Family | None, path: Path) -> Detection:
@@ -63,5 +73,9 @@ def _sort_rest(checkpoint: Checkpoint, rest: Pool) -> None:
             checkpoint.unused[name] = place
         else:
             checkpoint.unknown.append(name)
-    if checkpoint.unknown and all(checkpoint.missing.get(part) for part in checkpoint.family.parts):
-        raise ValueError(f"it is {other_kind(list(rest))}, not a checkpoint of the family {checkpoint.family.name}")
+    if (
+        checkpoint.unknown
+        and not checkpoint.parts["unet"]
+        and all(checkpoint.missing.get(part) for part in checkpoint.family.parts)
+    ):
+        raise ValueError(f"it is {other_kind(list(rest))}, no checkpoint of the family {checkpoint.family.name}")
