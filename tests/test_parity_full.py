@@ -2,7 +2,7 @@
 
 The weights are written once as a single file and once as a diffusers folder; both programs load both. Text embeddings,
 one U-Net call, the autoencoder's two halves and whole pictures are compared. SFUMATO_PARITY_DIR keeps the files (some
-GB a family; default: a temporary folder), SFUMATO_PARITY_XL=1024 draws XL at its own size instead of 512.
+GB a family; default: a temporary folder), SFUMATO_PARITY_SIDE draws at another size (1024: XL's own).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)  # figures are seen with --log-cli-level=INFO
 pytestmark = pytest.mark.parity
 PROMPT, NEGATIVE = "a photo of an astronaut riding a horse on mars", "blurry, watermark"
 STEPS, GUIDANCE, SEED = 4, 5.0, 7
+SIDE = int(os.environ.get("SFUMATO_PARITY_SIDE", "0"))
 SCHEDULERS = {"ddim": DDIMScheduler, "plms": PNDMScheduler}
 
 
@@ -51,9 +52,9 @@ class Subject:
 
 
 SUBJECTS = {
-    "sd1": Subject(find_family("sd1"), torch.float32, 512),
-    "sd2": Subject(find_family("sd2"), torch.float32, 768),
-    "xl": Subject(find_family("xl"), torch.bfloat16, int(os.environ.get("SFUMATO_PARITY_XL", "512"))),
+    "sd1": Subject(find_family("sd1"), torch.float32, SIDE or 512),
+    "sd2": Subject(find_family("sd2"), torch.float32, SIDE or 768),
+    "xl": Subject(find_family("xl"), torch.bfloat16, SIDE or 512),
 }
 
 
@@ -108,7 +109,7 @@ def ours(files: Files) -> Seen:
     """Everything by Sfumato, from the single file."""
     subject, given = files.subject, inputs(files.subject)
     model = load_model(files.single, family=subject.family)
-    job = Job(PROMPT, NEGATIVE, subject.side, subject.side, STEPS, GUIDANCE, seed=SEED)
+    job = Job(PROMPT, NEGATIVE, subject.side, subject.side, STEPS, GUIDANCE, seed=SEED, like="diffusers")
     with torch.inference_mode():
         conds = [encode(model, text, sizes(job)) for text in (PROMPT, NEGATIVE)]
         context = torch.cat([cond.context for cond in conds])

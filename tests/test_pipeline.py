@@ -110,6 +110,7 @@ def test_the_stub_for_type_checkers_names_the_same():
         ("sd1", "HeunDiscreteScheduler", 4, 0.0),
         ("sd1", "DPMSolverMultistepScheduler", 8, 0.0),
         ("sd2", None, 6, 0.0),  # DDIM, v prediction
+        ("sd2", "PNDMScheduler", 6, 0.0),  # its multi-steps are of v
         ("sd2-base", None, 6, 0.0),
         ("sd2", "EulerDiscreteScheduler", 6, 0.0),
         ("xl", None, 6, 0.0),  # Euler

@@ -393,7 +393,7 @@ def test_a_slip_is_answered_with_the_nearest_names(name: str, near: str) -> None
 
 def test_options_are_the_keyword_arguments() -> None:
     assert SAMPLERS["euler"].options == {"s_churn", "s_tmin", "s_tmax", "s_noise"}
-    assert SAMPLERS["plms"].options == frozenset()
+    assert SAMPLERS["plms"].options == {"velocity"}
     assert {name for name, found in SAMPLERS.items() if found.takes_schedule} == {"tcd"}
     assert not SAMPLERS["tcd"].options & {"noise_schedule"}
     assert {name for name, found in SAMPLERS.items() if found.discard} == {"dpm2", "dpm2_a", "dpmpp_3m_sde"}

@@ -1,6 +1,6 @@
 """Which sampler on which levels a scheduler of diffusers is, from its name or its config.
 
-PNDM, DDIM, Euler, Euler a, Heun, LMS and DPM++ 2M do what they do in diffusers (PNDM only where noise is predicted);
+PNDM, DDIM, Euler, Euler a, Heun, LMS and DPM++ 2M do what they do in diffusers;
 UniPC visits the same levels at another order; other samplers have a schedule of ours.
 Letters: sigma noise level of x = x0 + sigma noise, n steps, T training timesteps.
 """

@@ -94,6 +94,9 @@ def sampler_options(job: Job, model: Model) -> dict[str, Any]:
     options: dict[str, Any] = dict(job.options)
     if job.eta is not None:
         options["eta"] = job.eta
+    theirs = find_profile(job.like).diffusers_levels and model.family.prediction == "v"
+    if theirs and "velocity" in sampler_of(job).options:
+        options.setdefault("velocity", True)
     if sampler_of(job).takes_schedule:
         options["noise_schedule"] = NoiseSchedule(model.family.schedule)
     return options

@@ -27,23 +27,32 @@ def _check_order(order: int, highest: int) -> None:
 
 
 @sampler("PLMS", "PNDMScheduler", "PNDM", schedule="ddim", start="prior")
-def plms(x: Tensor, sigmas: Sequence[float], noise: Noise) -> Steps:
+def plms(x: Tensor, sigmas: Sequence[float], noise: Noise, *, velocity: bool = False) -> Steps:
     """Liu et al. 2022 (PNDM) with linear multi-steps of order up to 4 on the noise, as the original PLMS.
 
     The first step is an improved Euler pair, hence n + 1 evaluations; the weights are Adams-Bashforth's for equal
     steps (eq. 12). On smooth levels that are not equally spaced, as all schedules here, the measured order is 2; on
-    equal steps in sigma it nears 4, less what the starting steps cost.
+    equal steps in sigma it nears 4, less what the starting steps cost. With `velocity` the multi-steps are of v
+    (Salimans & Ho 2022), as diffusers' PNDM has them for models that predict v.
     """
+
+    def told(x: Tensor, x0: Tensor, sigma: float) -> Tensor:
+        eps = (x - x0) / sigma
+        return (eps - sigma * x0) / math.sqrt(1 + sigma**2) if velocity else eps
+
+    def slope(told: Tensor, x: Tensor, sigma: float) -> Tensor:
+        return told / math.sqrt(1 + sigma**2) + x * (sigma / (1 + sigma**2)) if velocity else told
+
     past: list[Tensor] = []
     for sigma, sigma_next in pairwise(sigmas):
-        eps = (x - (yield Query(x, sigma)).x0) / sigma
+        first = told(x, (yield Query(x, sigma)).x0, sigma)
         if not past and sigma_next > 0:
-            trial = x + (sigma_next - sigma) * eps
-            slope = (eps + (trial - (yield Query(trial, sigma_next)).x0) / sigma_next) / 2
+            trial = x + (sigma_next - sigma) * slope(first, x, sigma)
+            both = (first + told(trial, (yield Query(trial, sigma_next)).x0, sigma_next)) / 2
         else:
-            slope = weighted(ADAMS[len(past)], [eps, *past])
-        past = [eps, *past[:2]]
-        x = x + (sigma_next - sigma) * slope
+            both = weighted(ADAMS[len(past)], [first, *past])
+        past = [first, *past[:2]]
+        x = x + (sigma_next - sigma) * slope(both, x, sigma)
     return x
 
 
