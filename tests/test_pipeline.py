@@ -21,9 +21,9 @@ from transformers import CLIPTextModel
 import sfumato
 from sfumato import Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from sfumato.diffusers_style.noise import BatchNoise, Share
-from sfumato.tasks.diffusers_scheduler import Scheduler, scheduler_of, usual_scheduler
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import FAMILIES
+from sfumato.tasks.diffusers_scheduler import Scheduler, scheduler_of, usual_scheduler
 from tests.test_cache import write_folder
 
 PROMPTS, NEGATIVES = ["a red apple", "a dog on the moon"], ["blue", "bad"]

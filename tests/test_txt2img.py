@@ -1,4 +1,4 @@
-"""Jobs through the whole pipeline on the tiny model: every sampler, prompts that change, noise, second pass, profiles."""
+"""Jobs through the whole pipeline on the tiny model: every sampler, changing prompts, noise, second pass, profiles."""
 
 from __future__ import annotations
 
