@@ -13,6 +13,7 @@ from sfumato import __version__
 BAD_INPUT, STOPPED = 2, 130
 COMMANDS = {
     "txt2img": "draw pictures from a prompt",
+    "plot": "draw a table of pictures that vary along axes",
     "replay": "draw a saved picture again and compare",
     "inspect": "tell what a checkpoint is",
     "convert": "write a checkpoint in another layout or precision",
