@@ -626,7 +626,7 @@ def test_memory_of_opening_a_torch_file(tmp_path, new):
     file = open_tensors(path)
     assert resident() - start < 5 * MEGABYTE
     tensor = file.read("a")
-    assert resident() - start < (5 if new else 60) * MEGABYTE
+    assert resident() - start < (5 if new else 110) * MEGABYTE  # legacy: a copy, and what was read to make it
     assert tensor.sum() == 0
     del tensor
     file.release("a")
