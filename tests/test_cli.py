@@ -195,6 +195,8 @@ def test_empty_prompt_is_said(tiny_checkpoint, tmp_path, caplog):
 def test_long_prompt_says_what_fell_off(tiny_checkpoint, tmp_path, caplog):
     words = " ".join(["a"] * 75 + ["zebra"] * 1925)
     assert draw(tiny_checkpoint, tmp_path, "--prompt", words) == 0
+    assert "what fell off" not in caplog.text  # it has as many chunks as it needs
+    assert draw(tiny_checkpoint, tmp_path, "--prompt", words, "--like", "diffusers") == 0
     assert "what fell off: zebra zebra" in caplog.text
 
 
