@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.cli import main as command_line
 from sfumato.cli.main import main
 from sfumato.cli.plot import read_plot
 from sfumato.diffusion.samplers import SAMPLERS
@@ -20,11 +19,6 @@ from sfumato.pipeline import Pipeline
 from sfumato.tasks.plot import Axis, matrix_axes, plot_of, read_axis, split_prompt
 from sfumato.tasks.sheet import MIN_WIDTH, Names, Sheet, _font, shortened, wrapped
 from sfumato.types import Hires, Job
-
-
-@pytest.fixture(autouse=True)
-def command(monkeypatch):
-    monkeypatch.setitem(command_line.COMMANDS, "plot", "draw a table of pictures")
 
 
 def plot(ckpt: Path, out: Path, *flags: str, prompt: str = "a cat") -> int:
@@ -248,10 +242,8 @@ def test_a_sheet_that_is_too_large():
 def drawn(tiny_checkpoint, tmp_path_factory):
     """A plot of eight cells in groups of three, and the cells as pictures of their own."""
     folder = tmp_path_factory.mktemp("plot")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(command_line.COMMANDS, "plot", "draw a table of pictures")
-        flags = ["--x", "sampler=euler,DPM++ 2M Karras", "--y", "steps=1,3", "--z", "seed=7,8", "--together", "3"]
-        assert plot(tiny_checkpoint, folder / "plot.png", *flags, "--cells", str(folder / "cells")) == 0
+    flags = ["--x", "sampler=euler,DPM++ 2M Karras", "--y", "steps=1,3", "--z", "seed=7,8", "--together", "3"]
+    assert plot(tiny_checkpoint, folder / "plot.png", *flags, "--cells", str(folder / "cells")) == 0
     return folder
 
 

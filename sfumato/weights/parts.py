@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ def build(family: Family) -> dict[str, nn.Module]:
     }
 
 
+@lru_cache(maxsize=32)
 def shapes_of(family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
     """For each network the shapes of its tensors by our names; no memory is taken."""
     with torch.device("meta"):
