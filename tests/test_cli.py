@@ -99,6 +99,11 @@ def test_a_picture_that_is_not_finite_is_no_picture(tiny_checkpoint, tmp_path, c
         (lambda family: family | {"unet": family["unet"] | {"num_heads": 3}}, ["num_heads=3"]),
         (lambda family: family | {"unet": family["unet"] | {"norm_groups": 0}}, ["norm_groups=0"]),
         (lambda family: family | {"unet": family["unet"] | {"channel_mult": ["a", 2]}}, ["channel_mult"]),
+        (
+            lambda family: family | {"unet": family["unet"] | {"transformer_depth": [1, 99999]}},
+            ["transformer_depth=99999"],
+        ),
+        (lambda family: family | {"unet": family["unet"] | {"channels": 10**9}}, ["channels=1000000000"]),
         (lambda family: family | {"wings": 2}, ["wings"]),
     ],
 )

@@ -20,6 +20,9 @@ from sfumato.models.autoencoder import AutoencoderConfig
 from sfumato.models.clip import CLIPTextConfig
 from sfumato.models.unet import UNetConfig
 
+# What a description may ask for: far beyond every real model, so that a hostile header cannot fill the memory.
+MOST = {"num_res_blocks": 8, "transformer_depth": 32, "middle_depth": 32, "channel_mult": 32, "num_layers": 96}
+MOST_LEVELS, MOST_NUMBER = 8, 200_000
 SIZE_NUMBERS = {"original": 2, "crop": 2, "target": 2, "aesthetic": 1}  # numbers in each size condition of XL
 CONCATS = ("inpaint", "depth", "picture", "lowres")
 
@@ -76,6 +79,8 @@ class Family:
     defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
+        for config in (self.unet, self.autoencoder, *(tower.config for tower in self.texts)):
+            _check_sizes(config)
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction={self.prediction!r}: one of {', '.join(PREDICTIONS)}")
         if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
@@ -140,6 +145,19 @@ class Family:
             return _build(Family, json.loads(text))
         except (TypeError, KeyError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"family: not a family's description ({error})") from error
+
+
+def _check_sizes(config: Any) -> None:
+    """ValueError where a network's config is of a size that no model has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        most = MOST.get(field.name, MOST_NUMBER)
+        if isinstance(value, tuple) and len(value) > MOST_LEVELS:
+            raise ValueError(f"{field.name}: {len(value)} levels, up to {MOST_LEVELS} are allowed")
+        for number in numbers:
+            if isinstance(number, int) and not isinstance(number, bool) and not 0 <= number <= most:
+                raise ValueError(f"{field.name}={number}: 0 to {most} is allowed")
 
 
 def _build(kind: Any, value: Any, field: str = "family") -> Any:
