@@ -1,9 +1,9 @@
 """Is the memory plan's estimate an upper bound, and a close one? Peak memory of single calls on this CPU, and tiles.
 
-`python benchmarks/memory_plan.py` prints measured against estimated and writes JSON to benchmarks/results/. Each case
-is a process of its own: networks of random weights, one small call, then the peak of resident memory (VmHWM, what
-ru_maxrss reports, without what is inherited from the parent) of the case's call above what was resident before it.
-Fits the CPU's constants in sfumato/memory/estimate.py. Linux only.
+`python benchmarks/memory_plan.py` prints and keeps JSON in benchmarks/results/; given such a file it estimates anew and
+measures nothing that is in there. Each case is a process: networks of random weights, one small call, then the peak of
+resident memory in the case's call above what was resident before it (VmHWM: ru_maxrss without what is inherited from
+the parent). Fits the CPU's constants in sfumato/memory/estimate.py. Linux only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 
@@ -141,29 +141,45 @@ def estimate(case: Case) -> int:
     return taken + 4 * 3 * case.size**2 * case.number + kernels.workspace
 
 
-def main() -> None:
-    """Measure every case in a process of its own, print, keep."""
+def peak(case: Case) -> int:
+    """Bytes of a case, the largest of RUNS processes of its own."""
+    command = [sys.executable, __file__, json.dumps(asdict(case))]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(RUNS)]
+    return max(int(run.stdout) for run in runs)
+
+
+def main(measured: dict[Case, int]) -> list[dict[str, object]]:
+    """Print every case's line, measuring those that are not in `measured`."""
     rows = []
     print("family  call       px number dtype      tile  measured  estimate  ratio   (MiB)")
     for case in CASES:
-        command = [sys.executable, __file__, json.dumps(asdict(case))]
-        runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(RUNS)]
-        measured, thought = max(int(run.stdout) for run in runs), estimate(case)
-        rows.append(asdict(case) | {"measured": measured, "estimate": thought, "ratio": round(thought / measured, 2)})
+        taken, thought = measured.get(case) or peak(case), estimate(case)
+        rows.append(asdict(case) | {"measured": taken, "estimate": thought, "ratio": round(thought / taken, 2)})
         print(
             f"{case.family:7} {case.what:7} {case.size:5} {case.number:6} {case.dtype:9} {case.tile or '':>5}"
-            f" {measured / MIB:9.1f} {thought / MIB:9.1f} {thought / measured:6.2f}",
+            f" {taken / MIB:9.1f} {thought / MIB:9.1f} {thought / taken:6.2f}",
             flush=True,
         )
+    return rows
+
+
+def read(path: Path) -> dict[Case, int]:
+    """What a file of results measured."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["bytes"]
+    return {Case(**{field.name: row[field.name] for field in fields(Case)}): row["measured"] for row in rows}
+
+
+def write(rows: list[dict[str, object]]) -> Path:
+    """Keep the rows of all cases under today's date."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"memory_plan-{date.today().isoformat()}.json"
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     path.write_text(json.dumps({"machine": machine, "bytes": rows}, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    return path
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] and sys.argv[1].startswith("{"):
         print(measure(Case(**json.loads(sys.argv[1]))))
     else:
-        main()
+        print(write(main(read(Path(sys.argv[1])) if sys.argv[1:] else {})))

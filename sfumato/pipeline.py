@@ -131,6 +131,8 @@ class Pipeline:
         """Plan, say the plan, load and set what it asks for."""
         family = checkpoint.family
         width, height = memory.width or family.size, memory.height or family.size
+        if min(width, height) < family.size_step:
+            raise ValueError(f"width={width}, height={height}: {family.size_step} px or more are needed")
         found = plan(family, width, height, memory.count, budget(memory.vram, device), device, dtype)
         log.info("%s", describe(found))
         model = model_of(checkpoint, torch.device("cpu") if found.offload else device, found.dtype)

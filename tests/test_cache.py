@@ -300,7 +300,18 @@ def test_a_path_is_itself(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "no/such.safetensors", "/no/such", "./no/such", "a/b/c", "no/such.ckpt", "../x", "C:\\a\\b", ""]
+    "name",
+    [
+        "tiny",
+        "no/such.safetensors",
+        "/no/such",
+        "./no/such",
+        "a/b/c",
+        "no/such.ckpt",
+        "../no-such-checkpoint",
+        "C:\\a\\b",
+        "",
+    ],
 )
 def test_a_path_that_is_not_there_is_one_line(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # it is not even asked for

@@ -233,7 +233,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["sha256"].startswith(facts["model hash"])
     tensors, header = load_safetensors(path)
     kept = {n: t.clone() for n, t in tensors.items() if not n.startswith("first_stage")}
-    save_safetensors(path, kept | {"lora.odd": torch.zeros(2)}, header)
+    save_safetensors(path, kept | {"model.diffusion_model.lora.odd": torch.zeros(2)}, header)
     assert main(["inspect", str(path)]) == 1
     told = capsys.readouterr().out
     assert "the autoencoder is missing" in told
@@ -268,7 +268,7 @@ def test_an_override_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture
             lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
             r"has shape \(5,\), expected \(4,\)",
         ),
-        (lambda t: t.update(zzz=torch.zeros(1)), "zzz"),
+        (lambda t: t.update({"model.diffusion_model.zzz": torch.zeros(1)}), "zzz"),
         (lambda t: [t.pop(n) for n in list(t) if n.startswith("cond_stage")], "the text is missing"),
         (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int64)}), "floating point"),
     ],

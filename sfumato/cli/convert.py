@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def save(target: Path, checkpoint: Checkpoint, parts: Parts, surplus: dict, metadata: dict[str, str]) -> None:  # type: ignore[type-arg]
-    """Write with a bar, then print the target."""
+    """Write with a bar, then print the target. A file that is there already is left alone."""
+    if target.is_file():
+        raise ValueError(f"out={str(target)!r}: it is there already; name another file")
     total = sum(
         torch.Size(lazy.shape).numel() * lazy.dtype.itemsize for part in parts.values() for lazy in part.values()
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
-from sfumato.weights.writing import in_precision, parts_of, surplus_of
+from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     checkpoint = opened(args, use_ema=True)
-    _, metadata = surplus_of(checkpoint)
-    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)), {}, metadata)
+    surplus, metadata = surplus_of(checkpoint)
+    save(
+        Path(args.out),
+        checkpoint,
+        in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)),
+        marks_of(surplus),
+        metadata,
+    )
     return 0

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
-from sfumato.weights.writing import in_precision, parts_of, surplus_of
+from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     checkpoint = opened(args, args.ema)
-    _, metadata = surplus_of(checkpoint)
+    surplus, metadata = surplus_of(checkpoint)
     log.info("%d tensors left out", len(checkpoint.unused))
-    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES[args.dtype]), {}, metadata)
+    save(
+        Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES[args.dtype]), marks_of(surplus), metadata
+    )
     return 0

@@ -210,8 +210,8 @@ def run(args: argparse.Namespace) -> int:
         outdir, args.ckpt = LAION_OUTDIR, LAION_CKPT
     if args.config:
         log.info("config %s is not read: the model's shape is in the checkpoint", args.config)
-    saver = Saver(Path(outdir))
     pipeline = load(args, args.device, args.precision)
+    saver = Saver(Path(outdir))
     model = pipeline.model
     _check_family(args, model.family)
     iterations = [[complete(job, model.family) for job in jobs] for jobs in iterations]

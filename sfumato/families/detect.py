@@ -109,7 +109,7 @@ def detect(shapes: Mapping[str, Sequence[int]], clues: Clues) -> Detection:
     family, why, sure = alike[0], f"{found[0]} wide, {found[1]} channels in, context {found[2]}", True
     if len(alike) > 1:
         prediction, ground = prediction_of(shapes, clues)
-        sure = prediction is not None
+        sure = prediction is not None or not _is_sd2(shapes)  # of 1.x and XL, v models are rare and marked
         if prediction is not None:
             family = next((one for one in alike if one.prediction == prediction), family)
         why += f"; {family.prediction} prediction: {ground or 'the commoner, the file does not say'}"
@@ -126,16 +126,15 @@ def prediction_of(shapes: Mapping[str, Sequence[int]], clues: Clues) -> tuple[st
         return ("v" if said.lower().startswith("v") else "eps"), f"the header says {said}"
     if "768-v" in clues.metadata.get("modelspec.architecture", ""):
         return "v", "the header's architecture"
-    if clues.yaml_prediction:
-        return ("v" if clues.yaml_prediction == "v" else "eps"), "the YAML beside the file"
     if "v_pred" in shapes:
         return "v", "the mark v_pred"
-    if found := re.search(
-        r"(v[-_ ]?pred|768[-_]?v|v2-1_768|v2-1_512|512-base|base-ema|eps[-_]?pred)", clues.name.lower()
-    ):
-        return (
-            "eps" if found[1].startswith(("v2-1_512", "512", "base", "eps")) else "v"
-        ), f"{found[1]} in the file's name"
+    if clues.yaml_prediction:
+        return ("v" if clues.yaml_prediction == "v" else "eps"), "the YAML beside the file"
+    name = clues.name.lower()
+    if found := re.search(r"(?<![a-z])(v|eps)[-_ ]?pred(iction)?(?![a-z])", name):
+        return ("v" if found[1] == "v" else "eps"), f"{found[0]} in the file's name"
+    if _is_sd2(shapes) and (found := re.search(r"768[-_]?v|v2-1_768|v2-1_512|512-base|base-ema", name)):
+        return ("v" if "768" in found[0] else "eps"), f"{found[0]} in the file's name"
     shape = tuple(shapes.get(V_BIAS, ()))
     if clues.read is not None and len(shape) == 1 and tuple(shapes[FIRST_CONV])[:2] == (320, 4) and _is_sd2(shapes):
         deviation = float(torch.std(clues.read(V_BIAS).float(), unbiased=False))

@@ -79,8 +79,10 @@ class Family:
     defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
-        for config in (self.unet, self.autoencoder, *(tower.config for tower in self.texts)):
+        for config in (self.unet, self.autoencoder, self.schedule, *(tower.config for tower in self.texts)):
             _check_sizes(config)
+        if not 1 <= self.size <= 65536:
+            raise ValueError(f"size={self.size}: 1 to 65536 px are allowed")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction={self.prediction!r}: one of {', '.join(PREDICTIONS)}")
         if not (math.isfinite(self.latent_scale) and self.latent_scale > 0):
@@ -153,8 +155,8 @@ def _check_sizes(config: Any) -> None:
         value = getattr(config, field.name)
         numbers = value if isinstance(value, tuple) else (value,)
         most = MOST.get(field.name, MOST_NUMBER)
-        if isinstance(value, tuple) and len(value) > MOST_LEVELS:
-            raise ValueError(f"{field.name}: {len(value)} levels, up to {MOST_LEVELS} are allowed")
+        if isinstance(value, tuple) and (len(value) > MOST_LEVELS or (field.name == "channel_mult" and not value)):
+            raise ValueError(f"{field.name}: {len(value)} levels, 1 to {MOST_LEVELS} are allowed")
         for number in numbers:
             if isinstance(number, int) and not isinstance(number, bool) and not 0 <= number <= most:
                 raise ValueError(f"{field.name}={number}: 0 to {most} is allowed")

@@ -26,6 +26,11 @@ def add_difference(a: Checkpoint, b: Checkpoint, c: Checkpoint, share: float) ->
 def _merged(a: Checkpoint, models: list[Checkpoint], weights: tuple[float, ...]) -> dict[str, dict[str, Lazy]]:
     parts = [parts_of(model) for model in models]
     for model, other in zip(models[1:], parts[1:], strict=True):
+        if (model.family.prediction, model.family.schedule) != (a.family.prediction, a.family.schedule):
+            raise ValueError(
+                f"ckpt={str(model.path)!r}: it predicts {model.family.prediction}, {a.path.name!r} "
+                f"{a.family.prediction}, or their noise differs: these do not merge"
+            )
         for part, tensors in parts[0].items():
             if part not in other or set(other[part]) != set(tensors):
                 raise ValueError(f"ckpt={str(model.path)!r}: its {part} is not like that of {a.path.name!r}")

@@ -10,11 +10,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sfumato.families import Family
+from sfumato.families.detect import Clues, detect
 from sfumato.weights.files import TensorFile, open_tensors
 from sfumato.weights.layouts import original_names
 from sfumato.weights.layouts.diffusers_configs import components, folder_files
@@ -50,6 +52,24 @@ def surplus_of(checkpoint: Checkpoint) -> tuple[dict[str, Lazy], dict[str, str]]
     return {name: _plain(file, name) for name in file.names()}, json.loads(file.metadata.get(HEADER, "{}"))
 
 
+def marks_of(surplus: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Those of the surplus that tell other programs, and us, what a model predicts."""
+    return {name: lazy for name, lazy in surplus.items() if name in ("v_pred", "ztsnr")}
+
+
+def _described(
+    target: Path, family: Family, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata, with the family in it where the file would be taken for another one."""
+    shapes = {name: lazy.shape for name, lazy in tensors.items()}
+    try:
+        found = detect(shapes, Clues(metadata, target.stem, None, lambda name: tensors[name].read())).family
+    except ValueError:
+        found = None
+    same = found is not None and replace(found, name=family.name, defaults=family.defaults) == family
+    return dict(metadata) if same else {**metadata, "sfumato.family": family.to_json()}
+
+
 def _plain(file: TensorFile, name: str) -> Lazy:
     return Lazy(file.shape(name), file.dtype(name), lambda: file.read(name), lambda: file.release(name))
 
@@ -76,7 +96,8 @@ def write(
     if target.suffix == ".safetensors":
         if target.is_dir():
             raise ValueError(f"out={str(target)!r}: a folder is there")
-        write_safetensors(target, _single(family, parts) | dict(surplus or {}), dict(metadata or {}), progress)
+        tensors = _single(family, parts) | dict(surplus or {})
+        write_safetensors(target, tensors, _described(target, family, tensors, metadata or {}), progress)
         return
     if target.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ValueError(f"out={str(target)!r}: .safetensors or a folder; pickles are not written")

@@ -44,6 +44,8 @@ UNUSED = re.compile(
 # Other spellings: SD 1.x merges that lost "text_model.", and SD 2.x in XL's naming.
 BARE_CLIP = re.compile(r"cond_stage_model\.transformer\.(embeddings|encoder|final_layer_norm)\.")
 
+NEW_ATTENTION = re.compile(r"(first_stage_model\..*\.attn_1)\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)")
+
 
 def text_table(tower: TextTower, names: Iterable[str]) -> dict[str, Place]:
     """Ours -> theirs for a text encoder whose tensors have the given names of ours."""
@@ -78,11 +80,18 @@ def part_table(family: Family, part: str, names: Iterable[str]) -> dict[str, Pla
 
 def canonical(name: str, family: Family) -> str:
     """A stored name in the original's own spelling."""
+    if found := NEW_ATTENTION.fullmatch(name):
+        return f"{found[1]}.{'proj_out' if found[2] == 'to_out.0' else found[2][-1]}.{found[3]}"
     if BARE_CLIP.match(name):
         return name.replace("cond_stage_model.transformer.", "cond_stage_model.transformer.text_model.", 1)
     if family.texts[0].prefix == "cond_stage_model.model." and name.startswith("conditioner.embedders.0.model."):
         return name.replace("conditioner.embedders.0.model.", "cond_stage_model.model.", 1)
     return name
+
+
+def is_ours(name: str, family: Family) -> bool:
+    """Whether a name lies where the family's networks are; what lies elsewhere is carried along, not refused."""
+    return name.startswith((UNET, AUTOENCODER, *(tower.prefix for tower in family.texts)))
 
 
 def ema_name(name: str) -> str:

@@ -9,7 +9,7 @@ from sfumato.families import Family
 from sfumato.families.detect import Clues, Detection, detect, other_kind
 from sfumato.weights.files import TensorFile, open_tensors
 from sfumato.weights.layouts import original_names
-from sfumato.weights.layouts.tables import Place
+from sfumato.weights.layouts.tables import Change, Place
 from sfumato.weights.overrides import recall
 from sfumato.weights.parts import Checkpoint, Pool, match, shapes_of
 
@@ -30,6 +30,7 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
         used: set[str] = set()
         for part, shapes in shapes_of(found.family).items():
             table = original_names.part_table(found.family, part, shapes)
+            table = {ours: _spelled(place, pool) for ours, place in table.items()}
             if use_ema and part == "unet":
                 table = {ours: Place(original_names.ema_name(place.name)) for ours, place in table.items()}
                 used |= {name for name in pool if name.startswith(original_names.UNET)}
@@ -38,6 +39,14 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"ckpt={str(path)!r}: {error}") from error
     return checkpoint
+
+
+def _spelled(place: Place, pool: Pool) -> Place:
+    """A place as the file spells it: some converters write OpenCLIP's projection as a linear layer."""
+    linear = f"{place.name}.weight"
+    if place.change is Change.TRANSPOSED and place.name not in pool and linear in pool:
+        return Place(linear)
+    return place
 
 
 def _natural(file: TensorFile, path: Path) -> Family | None:
@@ -56,20 +65,24 @@ def _detect(file: TensorFile, family: Family | None, path: Path) -> Detection:
 
 
 def _yaml_prediction(path: Path) -> str | None:
-    """The parameterization that an original config beside the file (same name, .yaml) tells."""
+    """The prediction that a config beside the file (same name, .yaml) tells, of the original code or its successor."""
     beside = path.with_suffix(".yaml")
     if not beside.is_file():
         return None
-    found = re.search(
-        r"^\s*parameterization:\s*[\"']?(\w+)", beside.read_text(encoding="utf-8", errors="replace"), re.M
-    )
-    return found[1] if found else "eps"  # the original's default
+    text = beside.read_text(encoding="utf-8", errors="replace")
+    if found := re.search(r"(V|Eps)(Scaling|Weighting)\b", text):  # configs of generative-models
+        return "v" if found[1] == "V" else "eps"
+    if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.M):
+        return found[1]
+    return "eps" if "LatentDiffusion" in text else None  # the original's default
 
 
 def _sort_rest(checkpoint: Checkpoint, rest: Pool) -> None:
     """Tensors of no network: known and rightly unused, or unknown."""
     for name, place in rest.items():
-        if original_names.rightly_unused(name, checkpoint.family):
+        if original_names.rightly_unused(name, checkpoint.family) or not original_names.is_ours(
+            name, checkpoint.family
+        ):
             checkpoint.unused[name] = place
         else:
             checkpoint.unknown.append(name)
