@@ -6,7 +6,6 @@ What the new layout has no place for is kept beside, so that there and back is t
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -17,8 +16,6 @@ from sfumato.weights.checkpoint import open_checkpoint
 from sfumato.weights.hub import resolve
 from sfumato.weights.parts import Checkpoint
 from sfumato.weights.writing import Parts, in_precision, parts_of, surplus_of, write
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     checkpoint = opened(args)
     surplus, metadata = surplus_of(checkpoint)
-    if checkpoint.unknown:
-        log.warning("%d unknown tensors are left out", len(checkpoint.unknown))
     save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)), surplus, metadata)
     return 0
 
