@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 
+from sfumato.cli.drawing import original_script, run
 from sfumato.cli.main import run_command
-from sfumato.cli.txt2img import original_script, run
+from sfumato.cli.txt2img import ORIGINAL
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, original_script(), "txt2img.py"))
+    sys.exit(run_command(run, original_script(ORIGINAL, "txt2img.py"), "txt2img.py"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.guidance import Ask, Guidance, Moment, Reply, moment
 from sfumato.diffusion.samplers import Steps
+from sfumato.diffusion.samplers.tiled import crop
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
 from sfumato.types import Answer, Cond, NetState, Query
@@ -103,10 +104,11 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Told:
-    """What one network call is told, and where it leaves the attention map that its state probes."""
+    """What one network call is told, and where it leaves the attention maps that its state asks for."""
 
     cond: Cond
-    maps: list[Tensor]
+    maps: list[Tensor] = field(default_factory=list)
+    cross: list[Tensor] = field(default_factory=list)
 
 
 class Engine:
@@ -126,7 +128,7 @@ class Engine:
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(x)], dim=1)
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps)
+        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps, told.cross)
 
     @torch.inference_mode()
     def drive(self, runs: Sequence[Run]) -> list[Tensor | None]:
@@ -155,38 +157,39 @@ class Engine:
         alike: dict[Hashable, list[_Row]] = defaultdict(list)
         for row in _rows(runs):
             alike[row.key].append(row)
-        found: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
+        found: dict[tuple[int, int], list[Reply]] = defaultdict(list)
         answered: list[_Row] = []
         finite: list[Tensor] = []
         for group in alike.values():
             for start in range(0, len(group), self.max_rows):
                 part = group[start : start + self.max_rows]
                 try:
-                    x0, attention = self._call(part)
+                    reply = self._call(part)
                 except Exception as error:
                     for index in {row.run for row in part}:
                         runs[index].fail(error)
                     continue
                 answered += part
-                finite.append(x0.isfinite().flatten(1).all(dim=1))
+                finite.append(reply.x0.isfinite().flatten(1).all(dim=1))
                 for place, row in enumerate(part):
-                    found[row.run, row.place].append((x0[place], None if attention is None else attention[place]))
+                    found[row.run, row.place].append(_picture(reply, place))
         for row, good in zip(answered, torch.cat(finite).tolist() if finite else [], strict=True):
             if not good:
                 runs[row.run].fail(self._not_finite(runs[row.run]))
-        return {key: _reply(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
+        return {key: _joined(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
 
-    def _call(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
-        """x0 of rows alike, and the attention map that their state probes."""
+    def _call(self, rows: Sequence[_Row]) -> Reply:
+        """What the network answers to rows alike, each a row of the reply."""
         cond = Cond(
             torch.stack([row.context for row in rows]),
             _stack([row.vector for row in rows]),
             _stack([row.concat for row in rows]),
             rows[0].state,
         )
-        told = _Told(cond, [])
+        told = _Told(cond)
         x0 = self.denoiser(torch.stack([row.x for row in rows]), [row.sigma for row in rows], told)
-        return x0, told.maps[0] if told.maps else None
+        looked = cond.state is not None and cond.state.cross
+        return Reply(x0, told.maps[0] if told.maps else None, tuple(told.cross) if looked else None)
 
     def _not_finite(self, run: Run) -> ValueError:
         assert run.at is not None
@@ -204,7 +207,17 @@ def _rows(runs: Sequence[Run]) -> Iterable[_Row]:
             for picture, x in enumerate(run.asked.x):
                 context = cond.context[0 if len(cond.context) == 1 else picture]
                 vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
-                yield _Row(index, place, x, run.query.sigma, context, vector, concat, cond.state)
+                if concat is not None and run.query.window is not None:
+                    concat = crop(concat, run.query.window)
+                yield _Row(index, place, x, run.query.sigma, context, vector, concat, _state(cond.state, run.query))
+
+
+def _state(state: NetState | None, query: Query) -> NetState | None:
+    """The state of a row, but that a tile's own edges do not meet where it is less than the picture."""
+    if state is None or not any(query.cut):
+        return state
+    x, y = (meet and not cut for meet, cut in zip(state.seamless, query.cut, strict=True))
+    return replace(state, seamless=(x, y))
 
 
 def _row_of(part: Tensor | None, picture: int) -> Tensor | None:
@@ -218,6 +231,19 @@ def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(there) if there else None
 
 
-def _reply(pictures: Sequence[tuple[Tensor, Tensor | None]]) -> Reply:
-    """What was answered for each picture, as one."""
-    return Reply(torch.stack([x0 for x0, _ in pictures]), _stack([attention for _, attention in pictures]))
+def _picture(reply: Reply, row: int) -> Reply:
+    """One row of a call's reply, still with a batch, of 1."""
+    one = slice(row, row + 1)
+    cross = None if reply.cross is None else tuple(look[one] for look in reply.cross)
+    return Reply(reply.x0[one], None if reply.attention is None else reply.attention[one], cross)
+
+
+def _joined(pictures: Sequence[Reply]) -> Reply:
+    """The replies to each picture of one row of a plan, as one."""
+    attention = [reply.attention for reply in pictures if reply.attention is not None]
+    cross = [reply.cross for reply in pictures if reply.cross is not None]
+    return Reply(
+        torch.cat([reply.x0 for reply in pictures]),
+        torch.cat(attention) if attention else None,
+        tuple(torch.cat(looks) for looks in zip(*cross, strict=True)) if cross else None,
+    )

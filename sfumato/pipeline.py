@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -17,17 +17,19 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.engine import Engine, Run, Watch
 from sfumato.families import Family, Model, find_family
-from sfumato.images import to_uint8
+from sfumato.images import Picture, picture_from
 from sfumato.memory import apply, budget, describe, plan
-from sfumato.tasks import hires as second_pass
-from sfumato.tasks import txt2img
+from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.checks import complete, job_to_dict
-from sfumato.tasks.decoding import decode
-from sfumato.types import Answer, Hires, Job, Query, Result
+from sfumato.tasks.room import check_memory
+from sfumato.tasks.scenes import Drawn, Scene, Task, runs_of, seeds_of
+from sfumato.tasks.studio import PICTURES, Pictures, Studio
+from sfumato.types import Answer, Job, Query, Result
 from sfumato.weights.checkpoint import model_of, open_whole
 from sfumato.weights.hub import resolve
 from sfumato.weights.parts import Checkpoint
 from sfumato.weights.placing import place
+from sfumato.weights.upscalers import Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class Pipeline:
     ) -> None:
         self.model = model
         self.tile, self.max_pictures = tile, max_pictures
+        self._upscalers: dict[str, Upscaler] = {}
         self.engine = Engine(model, max_rows)
 
     @classmethod
@@ -150,52 +153,76 @@ class Pipeline:
         return self
 
     def __call__(self, prompt: str = "", progress: Progress | None = None, **fields: Any) -> Result:
-        """Draw `prompt`; further keyword arguments are fields of Job."""
-        return self.draw(Job(prompt=prompt, **fields), progress)
+        """Draw `prompt`; further keyword arguments are fields of Job.
 
-    def draw(self, job: Job, progress: Progress | None = None) -> Result:
-        """Draw a job. `progress(done, total)` is called after each network call with steps done, of both passes."""
-        return self.draw_many([job], progress)[0]
+        `image`, `mask` and `depth` may be pictures of Pillow or arrays (H, W, 3) uint8 instead of a file's path.
+        """
+        given = {}
+        for name in PICTURES:
+            if fields.get(name) is not None and not isinstance(fields[name], (str, Path)):
+                picture = picture_from(fields[name], name)
+                fields[name] = f"sha256:{picture.sha256}"
+                given[fields[name]] = picture
+            elif isinstance(fields.get(name), Path):
+                fields[name] = str(fields[name])
+        return self.draw(Job(prompt=prompt, **fields), progress, given)
 
-    def draw_many(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Result]:
-        """Draw jobs together, their rows in shared network calls. `progress` counts the steps of all pictures."""
+    def draw(self, job: Job, progress: Progress | None = None, pictures: Mapping[str, Picture] | None = None) -> Result:
+        """Draw a job. `progress(done, total)` is called after each network call with steps done, of all passes.
+
+        `pictures` are those that the job names and that are no files.
+        """
+        return self.draw_many([job], progress, pictures)[0]
+
+    def draw_many(
+        self,
+        jobs: Sequence[Job],
+        progress: Progress | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+        watch: Watch | None = None,
+    ) -> list[Result]:
+        """Draw jobs together, their rows in shared network calls. `progress` counts the steps of all pictures.
+
+        `watch` sees every query with its answer.
+        """
         began = time.perf_counter()
-        jobs = [complete(job, self.model.family) for job in jobs]
-        bar = _Bar(jobs, self.model, progress)
-        latents, sigmas = self._first_pass(jobs, bar)
-        for index, job in enumerate(jobs):
-            if job.hires is not None:
-                latents[index], sigmas[index] = self._second_pass(job, job.hires, latents[index], sigmas[index], bar)
-        images = [
-            to_uint8(decode(x, last, self.model, self.max_pictures, self.tile))
-            for x, last in zip(latents, sigmas, strict=True)
-        ]
+        shelf = Pictures(pictures)
+        jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
+        check_memory(jobs, self.model, self.tile)
+        studio = Studio(self.model, shelf, self.tile, self.max_pictures, self._upscalers)
+        images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, watch))
         seconds = time.perf_counter() - began
-        return [self._result(job, image, seconds) for job, image in zip(jobs, images, strict=True)]
+        return [self._result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
 
-    def _first_pass(self, jobs: Sequence[Job], bar: _Bar) -> tuple[list[Tensor], list[float]]:
-        """Each job's latents (B, C, h, w) and the noise level that they are left at."""
-        groups = [txt2img.starts(job, self.model) for job in jobs]
-        self.engine.drive(bar.follow([run for group in groups for run in group]))
-        latents = [torch.cat([_result_of(run) for run in group]) for group in groups]
-        return latents, [group[0].sigmas[-1] for group in groups]
+    def _perform(self, tasks: Sequence[Task], bar: _Bar) -> list[np.ndarray]:
+        """The pictures of tasks, the scenes that they ask for at the same time drawn together."""
+        images: dict[int, np.ndarray] = {}
+        asked: dict[int, Scene] = {}
 
-    def _second_pass(self, job: Job, hires: Hires, latents: Tensor, last: float, bar: _Bar) -> tuple[Tensor, float]:
-        """The same after the pass over the larger picture."""
-        second = complete(second_pass.second_job(job, hires, self.model), self.model.family)
-        clean = second_pass.larger(latents, last, second, self.model, hires, self.tile)
-        if hires.strength == 0:
-            return clean, 0.0
-        runs = second_pass.start(clean, second, self.model, second_pass.wanted_steps(job, hires))
-        self.engine.drive(bar.follow(runs))
-        return torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]
+        def advance(index: int, drawn: Drawn | None) -> None:
+            try:
+                asked[index] = tasks[index].send(drawn)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                images[index] = stop.value
 
-    def _result(self, job: Job, images: np.ndarray, seconds: float) -> Result:
+        for index in range(len(tasks)):
+            advance(index, None)
+        while asked:
+            scenes, asked = asked, {}
+            groups = {index: runs_of(scene, self.model) for index, scene in scenes.items()}
+            bar.follow(list(scenes.values()), [run for runs in groups.values() for run in runs])
+            self.engine.drive([run for runs in groups.values() for run in runs])
+            for index, runs in groups.items():
+                advance(index, Drawn(torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]))
+        return [images[index] for index in range(len(tasks))]
+
+    def _result(self, job: Job, images: np.ndarray, pictures: dict[str, str], seconds: float) -> Result:
         return Result(
             images=images,
             job=job,
-            seeds=txt2img.seeds_of(job),
+            seeds=seeds_of(job),
             seconds=seconds,
+            pictures=pictures,
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
@@ -211,19 +238,15 @@ def _result_of(run: Run) -> Tensor:
 class _Bar:
     """Counts the steps that runs have left behind, each for as many pictures as the run has."""
 
-    def __init__(self, jobs: Sequence[Job], model: Model, progress: Progress | None) -> None:
-        self.progress, self.done = progress, 0
-        self.total = sum(job.count * self._steps(job, model) for job in jobs)
+    def __init__(self, progress: Progress | None, watch: Watch | None = None) -> None:
+        self.progress, self.watch = progress, watch
+        self.done = self.total = 0
 
-    def _steps(self, job: Job, model: Model) -> int:
-        second = 0 if job.hires is None or job.hires.strength == 0 else second_pass.wanted_steps(job, job.hires)
-        return len(txt2img.sigmas_of(job, model)) - 1 + second
-
-    def follow(self, runs: Sequence[Run]) -> Sequence[Run]:
-        """Watch runs that are about to begin."""
+    def follow(self, scenes: Sequence[Scene], runs: Sequence[Run]) -> None:
+        """Watch the runs of scenes that are about to begin."""
+        self.total = self.done + sum(scene.steps for scene in scenes)
         for run in runs:
             run.watch = self._watch_of(run)
-        return runs
 
     def _watch_of(self, run: Run) -> Watch:
         seen = 0
@@ -236,6 +259,8 @@ class _Bar:
             seen = max(seen, step)
             if self.progress is not None:
                 self.progress(min(self.done, self.total), self.total)
+            if self.watch is not None:
+                self.watch(query, answer)
 
         return watch
 
@@ -252,6 +277,7 @@ def recipe(result: Result, index: int) -> dict[str, Any]:
         "index": index,
         "seed": result.seeds[index],
         "model": {"name": result.model_name, "hash": result.model_hash},
+        **({"pictures": result.pictures} if result.pictures else {}),
         "precision": result.precision,
         "made with": result.made_with,
     }

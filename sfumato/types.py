@@ -88,18 +88,57 @@ class Job:
 
     hires: Hires | None = None
 
+    # The picture that is drawn over (tasks/redraw.py): a file's path, or a name that the caller has a picture for.
+    image: str | None = None
+    strength: float | None = None  # in [0, 1], how much of the noise comes back
+    exact_steps: bool = False  # take all of `steps` whatever the strength
+    resize: str | None = None  # how a picture of another size becomes width x height
+    noise_multiplier: float = 1.0
+
+    # Of it only what the mask shows (tasks/inpaint.py): white is drawn anew.
+    mask: str | None = None
+    mask_blur_x: float | None = None  # px, standard deviation
+    mask_blur_y: float | None = None
+    mask_invert: bool = False
+    mask_resize: bool = False  # stretch a mask of another size over the picture
+    from_alpha: bool = False  # without a mask: what is transparent is drawn anew
+    mask_soft: bool = False  # grey is changed in part (Levin & Fried 2023)
+    fill: str | None = None  # what is under the mask to begin with
+    only_masked: bool = False  # draw the mask's surroundings alone, at width x height
+    padding: int = 32  # px around them
+
+    # What is put on at each side, in px (tasks/outpaint.py).
+    left: int = 0
+    right: int = 0
+    up: int = 0
+    down: int = 0
+    falloff: float = 1.0
+    colour_variation: float = 0.05
+
+    # What else is made of it.
+    depth: str | None = None  # its depth map, bright is near, or a network's file that finds it
+    image_guidance: float | None = None  # how hard the picture pulls, of models that edit by instruction
+    upscale: float | None = None
+    upscaler: str | None = None
+    tile: int | None = None  # px; larger pictures are drawn, encoded and decoded in tiles
+    overlap: int | None = None  # px of neighbouring tiles
+    seamless: str = ""  # "x", "y", "xy": edges that meet
+
 
 @dataclass(frozen=True)
 class NetState:
     """How a U-Net is changed, or looked into, for a row. Rows of different states never share a network call.
 
     In the blocks named in `perturbed` self-attention is the identity; `freeu` is (b1, b2, s1, s2); of the first
-    self-attention in the block `probe` the map comes back with the row's answer.
+    self-attention in the block `probe` the map comes back with the row's answer, and with `cross` those of all
+    attentions to the context. In the directions `seamless` opposite edges meet: left and right (x), top and bottom (y).
     """
 
     perturbed: tuple[str, ...] = ()
     freeu: tuple[float, float, float, float] | None = None
     probe: str | None = None
+    seamless: tuple[bool, bool] = (False, False)
+    cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,10 +157,16 @@ class Cond:
 
 @dataclass(frozen=True)
 class Query:
-    """A sampler's question: x (B, C, h, w) float32 holding noise of level sigma > 0, to be denoised."""
+    """A sampler's question: x (B, C, h, w) float32 holding noise of level sigma > 0, to be denoised.
+
+    Where x is a tile, `window` is where it lies in the whole picture: (top, left, height, width) in latent cells, and
+    `cut` are the directions (x, y) in which it is less than the whole, so that its own edges do not meet.
+    """
 
     x: Tensor
     sigma: float
+    window: tuple[int, int, int, int] | None = None
+    cut: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +182,8 @@ class Answer:
 class Result:
     """Pictures (B, H, W, 3) uint8 and all that is needed to make them again. `seconds` is wall time of the drawing.
 
-    `made_with` names versions and device: what else decides the last bit.
+    `made_with` names versions and device: what else decides the last bit. `pictures` are the SHA-256 of the pixels that
+    the job's fields name.
     """
 
     images: np.ndarray
@@ -148,3 +194,4 @@ class Result:
     model_hash: str
     precision: str
     made_with: dict[str, str]
+    pictures: dict[str, str] = field(default_factory=dict)

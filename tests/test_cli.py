@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sfumato import images
-from sfumato.cli import txt2img
+from sfumato.cli import drawing, saving, txt2img
 from sfumato.cli.main import main
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline
@@ -53,7 +53,7 @@ def test_a_deleted_picture_is_never_overwritten(tiny_checkpoint, tmp_path, capsy
 
 
 def test_two_processes_never_take_the_same_name(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(txt2img, "_next_number", lambda folder, pattern: 0)  # what the other one saw as well
+    monkeypatch.setattr(saving, "_next_number", lambda folder, pattern: 0)  # what the other one saw as well
     for _ in range(2):
         assert draw(tiny_checkpoint, tmp_path, "--prompt", "x", "--count", "2") == 0
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
@@ -172,11 +172,11 @@ def test_plms_flag_and_negative_change_the_picture(tiny_checkpoint, tmp_path):
 
 
 def test_original_script_defaults():
-    args = txt2img.original_script([])
+    args = drawing.original_script(txt2img.ORIGINAL, "txt2img.py", [])
     assert (args.prompt, args.n_iter, args.n_samples) == ("a painting of a virus monster playing guitar", 2, 3)
     assert (args.steps, args.guidance, args.seed, args.precision) == (50, 7.5, 42, "autocast")
     assert (args.outdir, args.style.sampler, args.n_rows) == ("outputs/txt2img-samples", "ddim", 0)
-    jobs = list(txt2img.jobs_of(args))
+    jobs = list(drawing.jobs_of(args))
     assert [(job.seed, job.count) for iteration in jobs for job in iteration] == [(42, 3), (45, 3)]
 
 
@@ -284,7 +284,7 @@ def test_full_disk_leaves_no_half_file(tiny_checkpoint, tmp_path, capsys, monkey
         original(self, target, **options)
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
-    monkeypatch.setattr(images.Image.Image, "save", full)
+    monkeypatch.setattr(images.files.Image.Image, "save", full)
     assert draw(tiny_checkpoint, tmp_path, "--prompt", "x") == 2
     assert "No space left on device" in one_line(capsys)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

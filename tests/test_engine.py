@@ -15,7 +15,7 @@ from sfumato.diffusion.noise import SeededNoise
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.engine import Engine, Run, Watch
 from sfumato.pipeline import Pipeline
-from sfumato.tasks import txt2img
+from sfumato.tasks import scenes, txt2img
 from sfumato.tasks.checks import complete
 from sfumato.types import Answer, Cond, Job, Query
 from sfumato.weights.checkpoint import Model, load_model
@@ -204,7 +204,7 @@ def test_watch_sees_every_query_with_its_answer(model: Model) -> None:
     seen: list[tuple[Query, Answer]] = []
     job = complete(JOBS[0], model.family)
     Engine(model).drive([txt2img.start(job, model, lambda query, answer: seen.append((query, answer)))])
-    assert [query.sigma for query, _ in seen] == txt2img.sigmas_of(job, model)[:-1]
+    assert [query.sigma for query, _ in seen] == scenes.sigmas_of(job, model)[:-1]
     for query, answer in seen:
         assert answer.x0.shape == query.x.shape == (2, 4, 8, 8)
         assert answer.uncond is not None

@@ -33,7 +33,7 @@ from sfumato.diffusion.guidance.attention import blur_salient, gaussian_blur
 from sfumato.diffusion.guidance.protocol import after
 from sfumato.engine import Engine, Run
 from sfumato.families import Model
-from sfumato.tasks import txt2img
+from sfumato.tasks import scenes, txt2img
 from sfumato.tasks.checks import complete
 from sfumato.types import Answer, Cond, Job, NetState, Query
 from sfumato.weights.checkpoint import load_model
@@ -412,7 +412,7 @@ def test_a_timeline_in_the_engine(model: Model, sampler: str, steps: int) -> Non
         run = start(model, job, change)
         run.watch = lambda query, answer, name=name: seen[name].append((query.sigma, answer.x0))
         drive(model, run)
-    switch = txt2img.sigmas_of(complete(job, model.family), model)[2]
+    switch = scenes.sigmas_of(complete(job, model.family), model)[2]
     pairs = list(zip(seen["plain"], seen["edited"], strict=True))
     before = [torch.equal(one, other) for (sigma, one), (_, other) in pairs if sigma > switch * 1.000001]
     others = [torch.allclose(one, other, atol=1e-3) for (sigma, one), (_, other) in pairs if sigma <= switch * 1.000001]
@@ -443,7 +443,7 @@ def breaking_at(step: int) -> Callable[[ClassifierFree], Guidance]:
 
 def test_an_answer_that_is_not_finite_ends_the_run_and_says_where(model: Model) -> None:
     run = start(model, change=breaking_at(3))
-    sigma = txt2img.sigmas_of(complete(JOB, model.family), model)[2]
+    sigma = scenes.sigmas_of(complete(JOB, model.family), model)[2]
     with pytest.raises(
         ValueError, match="^precision='float32': the network's answer is not finite at step 3 of 4 "
     ) as told:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sfumato.cli import txt2img
+from sfumato.cli import depth2img, img2img, inpaint, outpaint, txt2img, upscale
 from sfumato.cli.job_flags import (
     GROUPS,
     Texts,
@@ -37,21 +37,23 @@ def parsed(*flags: str) -> argparse.Namespace:
 
 def test_no_field_without_a_flag():
     assert sorted(FLAGS) == sorted(field_kinds())
-    parser = argparse.ArgumentParser()
-    txt2img.add_flags(parser)
-    dests = {"count" if action.dest == "n_samples" else action.dest for action in parser._actions}
+    dests: set[str] = set()
+    for command in (txt2img, img2img, inpaint, outpaint, depth2img, upscale):
+        parser = argparse.ArgumentParser()
+        command.add_flags(parser)
+        dests |= {{"n_samples": "count", "images": "image"}.get(action.dest, action.dest) for action in parser._actions}
     assert set(field_kinds()) <= dests
     assert len(parser.format_help()) > 5000
 
 
 @pytest.mark.parametrize("name", sorted(FLAGS))
 def test_each_flag_arrives(name):
-    text, value = ODD.get(name) or VALUES[field_kinds()[name].type]
+    text, value = ODD.get(name) or VALUES.get(field_kinds()[name].type, (None, True))
     job = Job(hires=Hires()) if name.startswith("hires.") else Job()
     job = replace(job, options=value) if name == "options" else with_field(job, name, value)
     second = ["--hires", "2"] if name.startswith("hires.") and name != "hires.scale" else []
     for flag in flag_names(name):
-        assert job_from_flags(parsed(*second, flag, text)) == job
+        assert job_from_flags(parsed(*second, flag, *([] if text is None else [text]))) == job
 
 
 def test_nothing_given_is_an_empty_job():
@@ -68,12 +70,13 @@ def test_help_names_the_range_and_the_default(name, tiny_family):
     if found is None:
         return
     low, high = (field_kinds()[name].type(float(number)) for number in found.groups())
-    job = Job(hires=Hires(), noise_width=8, noise_height=8, variation_seed=1, guidance_high=1e4)
-    job = replace(job, width=16, height=16) if name.startswith("hires.") else job
+    job = Job(noise_width=8, noise_height=8, variation_seed=1, guidance_high=1e4)
+    second = name.startswith("hires.")
+    job = replace(job, width=16, height=16, hires=Hires()) if second else replace(job, image="some picture")
 
     def is_allowed(value: float) -> bool:
         try:
-            complete(with_field(job, name, value), tiny_family)
+            complete(with_field(job, name, value), tiny_family, (16, 16))
         except ValueError as error:
             return "number from" not in str(error)
         return True

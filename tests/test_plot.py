@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -416,18 +415,14 @@ def test_choices_are_drawn_from_each_cells_seed(tiny_checkpoint, tmp_path):
     assert prompts[:8] == prompts[8:] and len(set(prompts)) > 2 and not any("{" in text for text in prompts)
 
 
-def test_large_pictures_are_drawn_fewer_at_once(tiny_family):
+def test_large_pictures_are_drawn_fewer_at_once():
     from sfumato.cli.plot import groups
-    from sfumato.tasks.checks import complete
 
-    class Model:
-        family = replace(tiny_family, size=1024)
-
-    jobs = [complete(Job(), Model.family)] * 10
-    assert [len(group) for group in groups(jobs, Model, None)] == [4, 4, 2]
-    assert [len(group) for group in groups(jobs, Model, 6)] == [6, 4]
-    small = [complete(Job(width=64, height=64), Model.family)] * 20
-    assert [list(group) for group in groups(small, Model, None)] == [list(range(16)), list(range(16, 20))]
+    sizes = [(1024, 1024)] * 10
+    assert [len(group) for group in groups(sizes, None)] == [4, 4, 2]
+    assert [len(group) for group in groups(sizes, 6)] == [6, 4]
+    small = [(64, 64)] * 20
+    assert [list(group) for group in groups(small, None)] == [list(range(16)), list(range(16, 20))]
 
 
 def test_the_recipe_is_plain_json(drawn):

@@ -133,7 +133,7 @@ def test_profiles(pipe: Pipeline) -> None:
     assert all(apart(a, b) > 0 for i, a in enumerate(pictures) for b in pictures[:i])
     generator = torch.Generator().manual_seed(5)
     both = torch.randn(2, 4, 8, 8, generator=generator)
-    from sfumato.tasks.txt2img import noise_of
+    from sfumato.tasks.scenes import noise_of
 
     job = complete(replace(BASE, like="comfy", count=2), pipe.model.family)
     assert torch.equal(noise_of(job, pipe.model)(), both), "one generator draws the whole batch"

@@ -16,13 +16,14 @@ from sfumato.diffusion.noise import SOURCES
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.images import UPSCALERS
+from sfumato.images.fitting import FITS
 from sfumato.prompts.choices import choose
 from sfumato.prompts.styles import Style, apply_styles, find_styles, read_styles
 from sfumato.prompts.weighting import WEIGHTINGS
-from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
+from sfumato.tasks.checks import FILLS, LATENT_UPSCALERS, RANGES
 from sfumato.tasks.plot import field_kinds, read_numbers
 from sfumato.tasks.profiles import PROFILES
-from sfumato.tasks.txt2img import seeds_of
+from sfumato.tasks.scenes import seeds_of
 from sfumato.types import Hires, Job
 
 
@@ -112,11 +113,51 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
         "hires.prompt": Flag("TEXT", "prompt", FIRST),
         "hires.negative": Flag("TEXT", "negative prompt", FIRST),
     },
+    "image": {
+        "image": Flag("PATH", "the picture to begin from", "none", names=("--init-img",)),
+        "strength": Flag("X", "how much of it may change: 0 nothing, 1 all", "the task's own"),
+        "exact_steps": Flag("", "take all --steps whatever the strength"),
+        "resize": Flag("HOW", f"how it comes to another width and height: {', '.join(FITS)}", "keep its size"),
+        "noise_multiplier": Flag("X", "factor of the noise that is put over it"),
+        "depth": Flag("PATH", "its depth map, near is bright, or a depth network's .onnx file", "none"),
+        "image_guidance": Flag("G", "how hard the image pulls, of models that edit by instruction", "1.5"),
+    },
+    "mask": {
+        "mask": Flag("PATH", "draw only where this picture is white", "all"),
+        "mask_blur_x": Flag("PX", "blur of the mask's edge from left to right", "a quarter of a latent cell"),
+        "mask_blur_y": Flag("PX", "and from top to bottom", "the same"),
+        "mask_invert": Flag("", "draw where it is black"),
+        "mask_resize": Flag("", "stretch a mask of another size over the image"),
+        "from_alpha": Flag("", "without a mask: draw where the image is transparent"),
+        "mask_soft": Flag("", "grey is changed in part: the darker, the later"),
+        "fill": Flag("HOW", f"what is under the mask to begin with: {', '.join(FILLS)}", "original; new ground: noise"),
+        "only_masked": Flag("", "draw the mask's surroundings alone, at --width x --height"),
+        "padding": Flag("PX", "the surroundings, with --only-masked"),
+    },
+    "new ground": {
+        "left": Flag("PX", "put on so much at the left"),
+        "right": Flag("PX", "at the right"),
+        "up": Flag("PX", "at the top"),
+        "down": Flag("PX", "at the bottom"),
+        "falloff": Flag("X", "exponent of the spectrum of the noise that it begins as: lower has more detail"),
+        "colour_variation": Flag("X", "how many colours that noise has"),
+    },
+    "large pictures": {
+        "upscale": Flag("FACTOR", "enlarge the image", "off", names=("--factor",)),
+        "upscaler": Flag(
+            "NAME", f"how: {', '.join(UPSCALERS)}, or a network's file or packaged name (docs/editing.md)", "lanczos"
+        ),
+        "tile": Flag("PX", "draw, encode and decode in tiles of this side", "whole"),
+        "overlap": Flag("PX", "what neighbouring tiles share", "a quarter of a tile; of --upscale an eighth"),
+        "seamless": Flag("XY", "edges that meet, for textures: x, y or xy", "none", "x, y, xy"),
+    },
 }  # fmt: skip
 SUMMARIES = {
     "second pass": "--hires draws the picture, enlarges it and draws over it again",
     "SD XL": "what XL models are told of an original; others ignore it",
     "noise": "what a picture begins with",
+    "mask": "--mask draws a part of the image; pixels outside it stay as they are",
+    "new ground": "outpainting: what is put on at the sides",
 }
 
 
@@ -141,9 +182,12 @@ def add_job_flags(
             more: dict[str, Any] = {"type": kind} if kind in (int, float) else {}
             if kind is dict:
                 more["action"] = "append"
+            if kind is bool:
+                more["action"] = "store_true"
+            else:
+                more["metavar"] = flag.metavar
             text = help_of(name, flag, defaults).replace("%", "%%")
-            default = defaults.get(name)
-            group.add_argument(*flag_names(name), dest=name, metavar=flag.metavar, default=default, help=text, **more)
+            group.add_argument(*flag_names(name), dest=name, default=defaults.get(name), help=text, **more)
         if title == "texts":
             _add_text_flags(group or parser)
 
@@ -154,6 +198,8 @@ def help_of(name: str, flag: Flag, defaults: Mapping[str, Any]) -> str:
     default = defaults.get(name, flag.unset or own)
     known = RANGES.get(name)
     allowed = flag.allowed or ("" if known is None else f"{known.low:g} to {known.high:g}")
+    if isinstance(default, bool):
+        return flag.help
     usual = f"default: {default:g}" if isinstance(default, (int, float)) else f"default: {default}" if default else ""
     said = "; ".join(part for part in (allowed, usual) if part)
     return f"{flag.help} ({said})" if said else flag.help

@@ -13,6 +13,11 @@ from sfumato import __version__
 BAD_INPUT, STOPPED = 2, 130
 COMMANDS = {
     "txt2img": "draw pictures from a prompt",
+    "img2img": "draw over a picture",
+    "inpaint": "draw a part of a picture anew",
+    "outpaint": "put new ground on the sides of a picture",
+    "depth2img": "draw over a picture and keep its depth",
+    "upscale": "enlarge a picture",
     "plot": "draw a table of pictures that vary along axes",
     "replay": "draw a saved picture again and compare",
     "inspect": "tell what a checkpoint is",

@@ -28,7 +28,7 @@ from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict, job_to_dict
 from sfumato.tasks.plot import Cell, Plot, checked, final_size, plot_of
 from sfumato.tasks.sheet import Names, Sheet
-from sfumato.types import Job
+from sfumato.tasks.studio import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,15 @@ def run(args: argparse.Namespace) -> int:
     cells = [replace(cell, job=job) for cell in plot.cells() for job in texts.jobs(cell.job)]
     out, folder = _writable(args.out), None if args.cells is None else _empty_folder(args.cells)
     pipeline = load(args, args.device, args.precision)
-    cells = [checked(cell, pipeline.model) for cell in cells]
-    sheet = sheet_of(plot, [cell.job for cell in cells], pipeline.model, args.prompt, args.columns)
+    pictures = Pictures()
+    cells = [checked(cell, pipeline.model, pictures) for cell in cells]
+    sizes = [final_size(cell.job, pipeline.model, pictures) for cell in cells]
+    sheet = sheet_of(plot, sizes, pipeline.model, args.prompt, args.columns)
     log.info("%d cells, %s on %s", len(cells), pipeline.model.name, pipeline.model.device)
     entries: list[Entry] = []
     try:
         with tqdm(total=len(cells), unit="cell", leave=False, file=sys.stderr, disable=None) as bar:
-            for group in groups([cell.job for cell in cells], pipeline.model, args.together):
+            for group in groups(sizes, args.together):
                 entries += draw_group(pipeline, cells, group, sheet, bar)
                 if folder is not None:
                     save_cells(folder, sheet.pixels, entries, group)
@@ -91,30 +93,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sheet_of(plot: Plot, jobs: Sequence[Job], model: Model, prompt: str, columns: int | None) -> Sheet:
-    """The empty sheet of a plot's complete jobs."""
+def sheet_of(plot: Plot, sizes: Sequence[tuple[int, int]], model: Model, prompt: str, columns: int | None) -> Sheet:
+    """The empty sheet of a plot with cells of these (width, height)."""
     axes = (plot.x, plot.y, plot.z)
     seed = "" if any(axis.field == "seed" for axis in axes) else f", seed {plot.job.seed}"
     return Sheet(
         (prompt or "(no prompt)", f"{seed}, {model.name}"),
         Names(*(axis.field for axis in axes)),
         (plot.x.labels(), plot.y.labels(), plot.z.labels()),
-        [final_size(job, model) for job in jobs],
+        sizes,
         columns,
     )
 
 
-def groups(jobs: Sequence[Job], model: Model, together: int | None) -> Iterator[range]:
+def groups(sizes: Sequence[tuple[int, int]], together: int | None) -> Iterator[range]:
     """Numbers of cells to draw at once: `together` of them, or as many as memory surely allows."""
     first = pixels = 0
-    for at, job in enumerate(jobs):
-        width, height = final_size(job, model)
+    for at, (width, height) in enumerate(sizes):
         full = at - first >= (together or TOGETHER) or (together is None and pixels + width * height > TOGETHER_PIXELS)
         if full and at > first:
             yield range(first, at)
             first, pixels = at, 0
         pixels += width * height
-    yield range(first, len(jobs))
+    yield range(first, len(sizes))
 
 
 def draw_group(pipeline: Pipeline, cells: Sequence[Cell], group: range, sheet: Sheet, bar: Any) -> list[Entry]:

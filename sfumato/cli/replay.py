@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from tqdm import tqdm
 
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.plot import cell_of
-from sfumato.cli.txt2img import draw_with_bar
+from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict
 from sfumato.types import Job, Result
+
+log = logging.getLogger(__name__)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,7 @@ class Recipe:
     made_with: dict[str, str]
     together: tuple[Job, ...] = ()
     place: int = 0  # of the job in them
+    pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that the job names
 
 
 def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
@@ -66,7 +70,8 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
         jobs, place = [job_from_dict(each) for each in part(together, "jobs", list)], part(together, "place", int)
         if not 0 <= place < len(jobs) or jobs[place] != job:
             raise ValueError(f"picture={str(path)!r}: its recipe is damaged (together, place {place})")
-    return Recipe(job, index, name, digest, part(made, "precision", str), made_with, tuple(jobs), place)
+    pictures = {str(key): str(value) for key, value in part({"pictures": {}} | made, "pictures", dict).items()}
+    return Recipe(job, index, name, digest, part(made, "precision", str), made_with, tuple(jobs), place, pictures)
 
 
 def draw(pipeline: Pipeline, old: Recipe) -> Result:
@@ -98,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
             f"({model.hash}); name the right file with --ckpt"
         )
     result = draw(pipeline, old)
+    for name, digest in old.pictures.items():
+        if result.pictures.get(name) != digest:
+            log.warning("%s: %r is not the picture that this was drawn from", name, getattr(old.job, name))
     again = result.images[old.index]
     if args.out:
         save_png(Path(args.out), again, recipe(result, old.index))

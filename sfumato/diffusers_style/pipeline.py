@@ -32,6 +32,7 @@ from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete
 from sfumato.tasks.decoding import decode
 from sfumato.tasks.diffusers_scheduler import CHANGEABLE, Scheduler, scheduler_of, usual_scheduler
+from sfumato.tasks.scenes import sigmas_of
 from sfumato.types import Job
 from sfumato.weights.hub import resolve
 from sfumato.weights.layouts.folder import read_configs
@@ -283,7 +284,7 @@ class StableDiffusionPipeline:
     def _levels(self, job: Job) -> list[float]:
         """The noise levels that a complete job visits: diffusers', or those of a schedule of ours."""
         theirs = self.scheduler.levels(self.pipeline.engine.denoiser.schedule, int(job.steps or 1))
-        return theirs or txt2img.sigmas_of(job, self.pipeline.model)
+        return theirs or sigmas_of(job, self.pipeline.model)
 
     def _runs(self, jobs: Sequence[Job], generator: Generators, latents: Tensor | None) -> list[Run]:
         """A run for each prompt, all of them on one call's noise."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.layers import Upsample, attend, group_norm
+from sfumato.models.layers import Conv2d, Upsample, attend, group_norm, pad
 
 EPS = 1e-6  # of every group norm in the original autoencoder
 
@@ -59,11 +59,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups, EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups, EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(F.silu(self.norm1(x)))
@@ -81,10 +81,10 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.query_rows: int | None = None
         self.norm = group_norm(channels, groups, EPS)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv2d(channels, channels, 1)
+        self.k = Conv2d(channels, channels, 1)
+        self.v = Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -99,10 +99,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(pad(x, (0, 1, 0, 1), self.conv.wrap))
 
 
 class Middle(nn.Module):
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         groups, channels = config.norm_groups, config.channels
-        self.conv_in = nn.Conv2d(config.image_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(config.image_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, mult in enumerate(config.channel_mult):
             width = config.channels * mult
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
             channels = width
         self.mid = Middle(channels, groups)
         self.norm_out = group_norm(channels, groups, EPS)
-        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         groups, channels = config.norm_groups, config.channels * config.channel_mult[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels, 3, padding=1)
         self.mid = Middle(channels, groups)
         levels: list[nn.Module] = []
         for index in reversed(range(len(config.channel_mult))):
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             channels = width
         self.up = nn.ModuleList(levels)  # up.0 is the finest level in the checkpoints
         self.norm_out = group_norm(channels, groups, EPS)
-        self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -185,8 +185,8 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> Posterior:
         """images (B, 3, H, W) in [-1, 1], H and W divisible by the factor -> posterior over (B, z, H/f, W/f)."""

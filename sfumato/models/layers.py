@@ -1,4 +1,4 @@
-"""Building blocks that several networks share: attention, normalisation, the sinusoidal embedding of time.
+"""Building blocks that several networks share: attention, normalisation, convolution, the sinusoidal embedding of time.
 
 Knows nothing of files, devices or prompts. Module and parameter names are those of the original checkpoints.
 Letters: B batch, L tokens, D width, n heads, C channels, h w size of a feature map.
@@ -7,6 +7,8 @@ Letters: B batch, L tokens, D width, n heads, C channels, h w size of a feature 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,36 @@ def slice_attention(network: nn.Module, query_rows: int | None) -> None:
             module.query_rows = query_rows  # type: ignore[assignment]
 
 
+def pad(x: Tensor, sides: tuple[int, int, int, int], wrap: tuple[bool, bool]) -> Tensor:
+    """x (B, C, h, w) with `sides` (left, right, top, bottom) more cells: of the other edge where `wrap` (x, y), else 0.
+
+    Where an edge wraps, no more cells than the map has there may be asked for.
+    """
+    across = (*sides[:2], 0, 0) if wrap[0] else (0, 0, 0, 0)
+    down = (0, 0, *sides[2:]) if wrap[1] else (0, 0, 0, 0)
+    circular = tuple(map(sum, zip(across, down, strict=True)))
+    if any(circular):
+        x = F.pad(x, circular, mode="circular")
+    zeros = tuple(side - done for side, done in zip(sides, circular, strict=True))
+    return F.pad(x, zeros) if any(zeros) else x
+
+
+@contextmanager
+def wrapped(network: nn.Module, wrap: tuple[bool, bool]) -> Iterator[None]:
+    """Inside, every `Conv2d` of the network sees the opposite edge beyond one: left and right (x), top and bottom (y).
+
+    After it, also after an error, they are as they were. It holds for one thread's calls at a time.
+    """
+    kept = [(module, module.wrap) for module in network.modules() if isinstance(module, Conv2d)]
+    try:
+        for module, _ in kept:
+            module.wrap = wrap
+        yield
+    finally:
+        for module, before in kept:
+            module.wrap = before
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of the (possibly fractional) timestep: t (B,) -> (B, dim), cosines first as in the original U-Net.
 
@@ -98,12 +130,28 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution padded with zeros, or round the edges where `wrap` (x, y) says so: see `wrapped`.
+
+    `padding` is a number of cells, not a word. Without `wrap` it is PyTorch's own, to the bit.
+    """
+
+    wrap: tuple[bool, bool] = (False, False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not any(self.wrap):
+            return super().forward(input)
+        down, across = (int(size) for size in self.padding)
+        x = pad(input, (across, across, down, down), self.wrap)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling followed by a 3 x 3 convolution: (B, C, h, w) -> (B, C', 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv = Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -2,7 +2,8 @@
 
 Tiles of one size are spread evenly; where they overlap each fades out as its neighbour fades in. A tile has group norm
 statistics and an attention of its own, so its colours may differ a little from those of the whole picture's decode.
-Knows nothing of files or devices. Letters: B batch, H W pixels, h w latent size, f = H/h.
+Where the network is `wrapped`, tiles overlap across the meeting edges too. Knows nothing of files or devices.
+Letters: B batch, H W pixels, h w latent size, f = H/h.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.autoencoder import Autoencoder, Posterior
+from sfumato.models.layers import pad, wrapped
 
 
 def decode(autoencoder: Autoencoder, z: Tensor, tile: int, overlap: int | None = None) -> Tensor:
@@ -26,7 +28,7 @@ def decode(autoencoder: Autoencoder, z: Tensor, tile: int, overlap: int | None =
     cells, shared = _in_cells(tile, overlap, factor)
     if max(z.shape[-2:]) <= cells:
         return autoencoder.decode(z)
-    return _blend(autoencoder.decode, z, cells, shared, factor, 1)
+    return _blend_wrapped(autoencoder, autoencoder.decode, z, cells, shared, factor, 1)
 
 
 def encode(autoencoder: Autoencoder, images: Tensor, tile: int, overlap: int | None = None) -> Posterior:
@@ -40,7 +42,7 @@ def encode(autoencoder: Autoencoder, images: Tensor, tile: int, overlap: int | N
         posterior = autoencoder.encode(part)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    mean, logvar = _blend(moments, images, cells, shared, 1, factor).chunk(2, dim=1)
+    mean, logvar = _blend_wrapped(autoencoder, moments, images, cells, shared, 1, factor).chunk(2, dim=1)
     return Posterior(mean, logvar)
 
 
@@ -53,6 +55,41 @@ def _in_cells(tile: int, overlap: int | None, factor: int) -> tuple[int, int]:
     if overlap % factor or not factor <= overlap <= tile // 2:
         raise ValueError(f"overlap={overlap}: a multiple of {factor} from {factor} to {tile // 2} is needed")
     return tile // factor, overlap // factor
+
+
+def _blend_wrapped(
+    autoencoder: Autoencoder,
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    cells: int,
+    overlap: int,
+    grow: int,
+    shrink: int,
+) -> Tensor:
+    """`_blend`, and across the edges that meet where the network is wrapped; a tile itself never wraps there.
+
+    In such a direction x gets its last cells once more in front, and the result's two versions of them are blended.
+    """
+    wrap = autoencoder.quant_conv.wrap
+    across, down = (on and x.shape[-dim] // shrink > cells for on, dim in zip(wrap, (1, 2), strict=True))
+    if not (across or down):
+        return _blend(function, x, cells, overlap, grow, shrink)
+    x = pad(x, (across * overlap * shrink, 0, down * overlap * shrink, 0), (across, down))
+    with wrapped(autoencoder, (wrap[0] and not across, wrap[1] and not down)):
+        result = _blend(function, x, cells, overlap, grow, shrink)
+    for dim in [3] * across + [2] * down:
+        result = _closed(result, dim, overlap * grow)
+    return result
+
+
+def _closed(x: Tensor, dim: int, length: int) -> Tensor:
+    """x whose first and last `length` places along `dim` are the same ones: without the first, faded into the last."""
+    size = x.shape[dim]
+    head, tail = x.narrow(dim, 0, length), x.narrow(dim, size - length, length)
+    rise = _fade((torch.arange(length, device=x.device) + 0.5) / length).to(x.dtype)
+    shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
+    middle = x.narrow(dim, length, size - 2 * length)
+    return torch.cat([middle, torch.lerp(tail, head, rise.view(shape))], dim=dim)
 
 
 def _blend(function: Callable[[Tensor], Tensor], x: Tensor, cells: int, overlap: int, grow: int, shrink: int) -> Tensor:

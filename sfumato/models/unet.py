@@ -6,6 +6,7 @@ of noise schedules or of what it predicts. Names as in `model.diffusion_model.*`
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.models.freeu import free_u
 from sfumato.models.layers import (
+    Conv2d,
     Embedding,
     Upsample,
     attend,
@@ -22,6 +24,7 @@ from sfumato.models.layers import (
     check_heads,
     group_norm,
     timestep_embedding,
+    wrapped,
     zero,
 )
 
@@ -61,7 +64,8 @@ class State(Protocol):
     """How the U-Net is changed, or looked into, for one call. Blocks have their modules' names, e.g. `middle_block`.
 
     Self-attention is the identity in the blocks `perturbed` (Ahn et al. 2024), `freeu` is (b1, b2, s1, s2) of Si et
-    al. 2024, and the map of the first self-attention in the block `probe` is wanted.
+    al. 2024, and the map of the first self-attention in the block `probe` is wanted. `seamless` are the directions
+    (x, y) in which opposite edges meet; with `cross` the maps of all attentions to the context are wanted.
     """
 
     @property
@@ -70,32 +74,40 @@ class State(Protocol):
     def freeu(self) -> tuple[float, float, float, float] | None: ...
     @property
     def probe(self) -> str | None: ...
+    @property
+    def seamless(self) -> tuple[bool, bool]: ...
+    @property
+    def cross(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one call asks of self-attentions: those that are the identity, and the one whose map goes into `maps`."""
+    """What one call asks of attentions: which self-attentions are the identity, and whose map goes into `maps`.
 
-    identity: frozenset[nn.Module]
+    To `cross`, unless it is None, every attention to the context adds its own.
+    """
+
+    identity: frozenset[nn.Module] = frozenset()
     probe: nn.Module | None = None
     maps: list[Tensor] = field(default_factory=list)
+    cross: list[Tensor] | None = None
 
 
 class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            group_norm(in_channels, groups, 1e-5), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            group_norm(in_channels, groups, 1e-5), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, groups, 1e-5),
             nn.SiLU(),
             nn.Identity(),  # dropout in the original, unused there; it holds the place that the names count
-            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         out = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -122,6 +134,10 @@ class CrossAttention(nn.Module):
             if self in asked.identity:
                 return self.to_out(v)
         return self.to_out(attend(q, k, v, self.num_heads, query_rows=self.query_rows))
+
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """Where x (B, M, dim) looks in the context (B, L, D): the mean map of the heads, (B, M, L) float32."""
+        return attention_map(self.to_q(x), self.to_k(context), self.num_heads).mean(dim=1)
 
 
 class GEGLU(nn.Module):
@@ -159,7 +175,10 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
         z = self.norm1(x)
         x = x + self.attn1(z, context if self.cross_only else z, asked)
-        x = x + self.attn2(self.norm2(x), context)
+        z = self.norm2(x)
+        if asked is not None and asked.cross is not None:
+            asked.cross.append(self.attn2.weights(z, context))
+        x = x + self.attn2(z, context)
         return x + self.ff(self.norm3(x))
 
 
@@ -178,7 +197,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero(self._projection(channels))
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        return nn.Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
         batch, channels, height, width = x.shape
@@ -190,6 +209,9 @@ class SpatialTransformer(nn.Module):
             z = self.proj_in(z)
         for block in self.transformer_blocks:
             z = block(z, context, asked)
+        if asked is not None and asked.cross is not None:
+            own = slice(-len(self.transformer_blocks), None)
+            asked.cross[own] = [look.transpose(1, 2).unflatten(2, (height, width)) for look in asked.cross[own]]
         if self.linear:
             z = self.proj_out(z)
         z = z.transpose(1, 2).reshape(batch, channels, height, width)
@@ -201,7 +223,7 @@ class SpatialTransformer(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -275,7 +297,7 @@ class UNet(nn.Module):
             return parts
 
         channels = base
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, base, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(Conv2d(config.in_channels, base, 3, padding=1))])
         skips = [base]
         last = len(config.channel_mult) - 1
         for index, mult in enumerate(config.channel_mult):
@@ -302,7 +324,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*parts))
 
         self.out = nn.Sequential(
-            group_norm(channels, groups, 1e-5), nn.SiLU(), zero(nn.Conv2d(channels, config.out_channels, 3, padding=1))
+            group_norm(channels, groups, 1e-5), nn.SiLU(), zero(Conv2d(channels, config.out_channels, 3, padding=1))
         )
 
     def forward(
@@ -313,24 +335,31 @@ class UNet(nn.Module):
         vector: Tensor | None = None,
         state: State | None = None,
         maps: list[Tensor] | None = None,
+        cross: list[Tensor] | None = None,
     ) -> Tensor:
-        """`state` changes this call alone; to `maps` the map that it probes is appended, (B, heads, L, L) float32."""
+        """`state` changes this call alone; to `maps` the map that it probes is appended, (B, heads, L, L) float32.
+
+        To `cross`, where the state wants them, go the maps of all attentions to the context, in order: the mean of
+        their heads, (B, L, h_i, w_i) float32, of sum 1 over the L tokens.
+        """
         emb = self.time_embed(timestep_embedding(t, self.config.channels).to(x.dtype))
         if self.config.vector_dim is not None or self.config.num_classes is not None:
             emb = emb + self._label(vector)
-        asked = None if state is None else self._asked(state, [] if maps is None else maps)
-        skips: list[Tensor] = []
-        for block in self.input_blocks:
-            x = block(x, emb, context, asked)
-            skips.append(x)
-        x = self.middle_block(x, emb, context, asked)
-        for index, block in enumerate(self.output_blocks):
-            skip = skips.pop()
-            stage = index // (self.config.num_res_blocks + 1)
-            if state is not None and state.freeu is not None and stage < 2:
-                x, skip = free_u(x, skip, b=state.freeu[stage], s=state.freeu[stage + 2])
-            x = block(torch.cat([x, skip], dim=1), emb, context, asked)
-        return self.out(x)
+        asked = None if state is None else self._asked(state, [] if maps is None else maps, cross)
+        freeu = None if state is None else state.freeu
+        with wrapped(self, state.seamless) if state is not None and any(state.seamless) else nullcontext():
+            skips: list[Tensor] = []
+            for block in self.input_blocks:
+                x = block(x, emb, context, asked)
+                skips.append(x)
+            x = self.middle_block(x, emb, context, asked)
+            for index, block in enumerate(self.output_blocks):
+                skip = skips.pop()
+                stage = index // (self.config.num_res_blocks + 1)
+                if freeu is not None and stage < 2:
+                    x, skip = free_u(x, skip, b=freeu[stage], s=freeu[stage + 2])
+                x = block(torch.cat([x, skip], dim=1), emb, context, asked)
+            return self.out(x)
 
     def self_attention_blocks(self) -> tuple[str, ...]:
         """The blocks that a `State` may name: `input_blocks.1`, `middle_block`, ...; and any module within them."""
@@ -339,9 +368,10 @@ class UNet(nn.Module):
             names += [f"{side}.{index}" for index in range(len(getattr(self, side)))]
         return tuple(name for name in names if _self_attentions(self.get_submodule(name)))
 
-    def _asked(self, state: State, maps: list[Tensor]) -> Asked | None:
+    def _asked(self, state: State, maps: list[Tensor], cross: list[Tensor] | None) -> Asked | None:
         """The attentions that a state names; ValueError where there are none. None where it leaves them alone."""
-        if not state.perturbed and state.probe is None:
+        cross = cross if state.cross else None
+        if not state.perturbed and state.probe is None and cross is None:
             return None
 
         def find(name: str) -> list[CrossAttention]:
@@ -355,7 +385,8 @@ class UNet(nn.Module):
             return found
 
         identity = frozenset[nn.Module](attention for name in state.perturbed for attention in find(name))
-        return Asked(identity, None if state.probe is None else find(state.probe)[0], maps)
+        probe = None if state.probe is None else find(state.probe)[0]
+        return Asked(identity, probe, maps, cross)
 
     def _label(self, vector: Tensor | None) -> Tensor:
         """The embedding (B, 4 channels) of the pooled vector or of the class."""

@@ -13,6 +13,7 @@ from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
 from sfumato.images import UPSCALERS
+from sfumato.images.fitting import FITS
 from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.profiles import find_profile
 from sfumato.types import Hires, Job
@@ -62,11 +63,34 @@ RANGES: Mapping[str, Range] = {
     "crop_top": Range(0, MAX_SIDE, whole=True),
     "aesthetic": Range(0, 10),
     "negative_aesthetic": Range(0, 10),
+    "strength": FRACTION,
+    "noise_multiplier": Range(0, 10),
+    "mask_blur_x": Range(0, 256),
+    "mask_blur_y": Range(0, 256),
+    "padding": Range(0, MAX_SIDE, whole=True),
+    "left": Range(0, MAX_SIDE, whole=True),
+    "right": Range(0, MAX_SIDE, whole=True),
+    "up": Range(0, MAX_SIDE, whole=True),
+    "down": Range(0, MAX_SIDE, whole=True),
+    "falloff": Range(0, 4),
+    "colour_variation": FRACTION,
+    "image_guidance": Range(0, MAX_GUIDANCE),
+    "upscale": Range(1, 16),
+    "tile": SIDE,
+    "overlap": SIDE,
 }
 REQUIRED = ("seed", "count", "variation_strength", "ensd", "guidance_start", "guidance_end", "guidance_low",
-            "guidance_thin", "rescale", "pag", "sag")  # fmt: skip
-TEXTS = ("prompt", "negative")
-NAMES = ("sampler", "schedule", "weighting", "noise", "like")
+            "guidance_thin", "rescale", "pag", "sag", "noise_multiplier", "padding", "left", "right", "up", "down",
+            "falloff", "colour_variation")  # fmt: skip
+TEXTS = ("prompt", "negative", "seamless")
+NAMES = ("sampler", "schedule", "weighting", "noise", "like", "image", "mask", "depth", "resize", "fill", "upscaler")
+SWITCHES = ("exact_steps", "mask_invert", "mask_resize", "from_alpha", "mask_soft", "only_masked")
+FILLS = ("original", "fill", "noise", "nothing")
+SEAMLESS = ("", "x", "y", "xy")
+SIDES = ("left", "right", "up", "down")
+# What an image is needed for.
+OVER_AN_IMAGE = ("strength", "exact_steps", "resize", "mask", "mask_invert", "mask_soft", "fill", "only_masked",
+                 "depth", "upscale", "image_guidance", *SIDES)  # fmt: skip
 
 
 def require_number(name: str, value: Any, allowed: Range) -> None:
@@ -92,15 +116,22 @@ def _require_one_of(name: str, value: str | None, names: tuple[str, ...]) -> Non
         raise ValueError(f"{name}={value!r}: one of {', '.join(names)}")
 
 
-def complete(job: Job, family: Family) -> Job:
-    """The job with nothing left open. ValueError names the field, its value and what is allowed."""
+def complete(job: Job, family: Family, image_size: tuple[int, int] | None = None) -> Job:
+    """The job with nothing left open. ValueError names the field, its value and what is allowed.
+
+    `image_size` is the (height, width) of the job's image; it must be given where there is one.
+    """
     for name in TEXTS:
         _require_text(job, name, needed=True)
     for name in NAMES:
         _require_text(job, name, needed=False)
     _require_one_of("weighting", job.weighting, WEIGHTINGS)
     _require_one_of("noise", job.noise, SOURCES)
+    for name in SWITCHES:
+        if not isinstance(getattr(job, name), bool):
+            raise ValueError(f"{name}={getattr(job, name)!r}: true or false is needed")
     profile = find_profile(job.like)
+    job = _complete_picture(job, family, image_size)
     sampler, schedule = resolve(job.sampler or profile.sampler or family.defaults.sampler, job.schedule)
     if job.schedule is None and profile.schedule is not None and sampler.schedule == "uniform":
         schedule = profile.schedule
@@ -117,9 +148,58 @@ def complete(job: Job, family: Family) -> Job:
         hires=None if job.hires is None else _complete_hires(job.hires, sampler),
     )
     _check_numbers(job, family)
+    job = replace(job, overlap=_first(job.overlap, _usual_overlap(job, family)))
     job = _check_options(job, sampler)
     sampling_sigmas(schedule, NoiseSchedule(family.schedule), int(job.steps or 1))  # some schedules allow few steps
     return job
+
+
+def _complete_picture(job: Job, family: Family, size: tuple[int, int] | None) -> Job:
+    """The fields about a picture to draw over; its size decides the job's where that says none."""
+    _require_one_of("resize", job.resize, FITS)
+    _require_one_of("fill", job.fill, FILLS)
+    _require_one_of("seamless", job.seamless, SEAMLESS)
+    if job.image is None:
+        empty = Job()
+        for name in OVER_AN_IMAGE:
+            if getattr(job, name) != getattr(empty, name):
+                raise ValueError(f"{name}={getattr(job, name)!r}: an image is needed for that")
+        return job
+    if job.hires is not None:
+        raise ValueError("hires: a second pass is for pictures from words; an image is enlarged with upscale")
+    if size is None:
+        raise ValueError(f"image={job.image!r}: its size is not known")
+    outpaints = any(getattr(job, side) for side in SIDES)
+    job = replace(job, fill=job.fill or ("noise" if outpaints else "original"))
+    picture_size = find_profile(job.like).picture_size
+    if outpaints:  # each pass has a size of its own
+        return replace(job, width=family.size, height=family.size, resize="keep")
+    if job.only_masked or job.upscale is not None or picture_size == "native":
+        usual = (family.size, family.size)
+    elif job.width is None and job.height is None:
+        keeps = picture_size == "keep" and job.resize in (None, "keep")
+        usual = (_to_step(size[0], family.size_step, up=keeps), _to_step(size[1], family.size_step, up=keeps))
+        job = replace(job, resize="keep" if keeps else job.resize)
+    else:
+        usual = _of_same_shape(job, size, family.size_step)
+    return replace(job, height=_first(job.height, usual[0]), width=_first(job.width, usual[1]),
+                   resize=job.resize or "stretch")  # fmt: skip
+
+
+def _to_step(side: int, step: int, *, up: bool) -> int:
+    """The multiple of `step` next to a side in pixels, one at least."""
+    return max(1, -(-side // step) if up else side // step) * step
+
+
+def _of_same_shape(job: Job, size: tuple[int, int], step: int) -> tuple[int, int]:
+    """(height, width) where one of the two is given: the other so that the picture keeps its shape."""
+    (tall, wide), height, width = size, job.height, job.width
+    try:
+        high = height if width is None else max(1, round(tall * width / wide / step)) * step
+        broad = width if height is None else max(1, round(wide * height / tall / step)) * step
+    except TypeError:
+        return tall, wide  # no numbers; what they must be is said where they are checked
+    return int(high or 0), int(broad or 0)
 
 
 def _first(*values: Any) -> Any:
@@ -137,6 +217,7 @@ def _check_numbers(job: Job, family: Family) -> None:
         value = getattr(job, name)
         if value is not None or name in REQUIRED:
             require_number(name, value, allowed)
+    _check_tiles(job, family)
     if job.guidance_start >= job.guidance_end:
         raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
     if job.guidance_high is not None and job.guidance_high <= job.guidance_low:
@@ -152,6 +233,28 @@ def _check_numbers(job: Job, family: Family) -> None:
         raise ValueError(f"variation_strength={job.variation_strength}: variation_seed is needed too")
     if (job.noise_width is None) != (job.noise_height is None):
         raise ValueError(f"noise_width={job.noise_width}, noise_height={job.noise_height}: both or none are needed")
+
+
+def _usual_overlap(job: Job, family: Family) -> int | None:
+    """A quarter of a tile, an eighth where every tile is drawn over alone (A1111's SD upscale); None without tiles."""
+    factor = family.autoencoder.factor
+    if job.tile is not None:
+        return max(1, job.tile // 4 // factor) * factor
+    if job.upscale is not None:
+        return max(1, min(int(job.width or 0), int(job.height or 0)) // 8 // factor) * factor
+    return None
+
+
+def _check_tiles(job: Job, family: Family) -> None:
+    step = family.size_step
+    if job.tile is not None and (job.tile % step or job.tile < 2 * step):
+        raise ValueError(f"tile={job.tile}: a multiple of {step} from {2 * step} on is needed")
+    if job.overlap is not None:
+        factor, most = family.autoencoder.factor, (job.tile or min(int(job.width or 0), int(job.height or 0))) // 2
+        if job.tile is None and job.upscale is None:
+            raise ValueError(f"overlap={job.overlap}: there are no tiles; tile says how large they are")
+        if job.overlap % factor or not factor <= job.overlap <= most:
+            raise ValueError(f"overlap={job.overlap}: a multiple of {factor} from {factor} to {most} is needed")
 
 
 def _check_options(job: Job, sampler: Sampler) -> Job:

@@ -1,24 +1,23 @@
 """The second pass of a job ("hires fix"): the picture made larger, noised again in part, and drawn on.
 
-Each pass is a list of runs for the engine. Letters: C latent channels, h w latent size.
+Letters: B pictures, C latent channels, h w latent size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.diffusion.noise import SeededNoise
-from sfumato.engine import Run, Watch
 from sfumato.families import Model
-from sfumato.images import from_uint8, resize, to_uint8
-from sfumato.tasks.checks import LATENT_UPSCALERS, sampler_of
-from sfumato.tasks.decoding import decode
-from sfumato.tasks.telling import guidance_of
-from sfumato.tasks.txt2img import blank, noise_spec, sampler_options, seeds_of, sigmas_of, size_of, spec_of
+from sfumato.tasks.checks import LATENT_UPSCALERS, complete
+from sfumato.tasks.conditions import blank
+from sfumato.tasks.redraw import whole
+from sfumato.tasks.scenes import Drawn, Scene, sigmas_of, size_of
+from sfumato.tasks.studio import Studio
 from sfumato.types import Hires, Job
 
 MODES = {"latent": "bilinear", "latent bilinear": "bilinear", "latent bicubic": "bicubic", "latent nearest": "nearest"}
@@ -34,7 +33,7 @@ def second_job(job: Job, hires: Hires, model: Model) -> Job:
         job,
         width=round(int(job.width or 0) * hires.scale / step) * step,
         height=round(int(job.height or 0) * hires.scale / step) * step,
-        steps=min(most, whole_steps(wanted_steps(job, hires), hires.strength)),
+        steps=min(most, whole(hires.strength, wanted_steps(job, hires)).whole),
         guidance=job.guidance if hires.guidance is None else hires.guidance,
         sampler=hires.sampler or job.sampler,
         schedule=hires.schedule if other else job.schedule,
@@ -51,42 +50,35 @@ def wanted_steps(job: Job, hires: Hires) -> int:
     return hires.steps or int(job.steps or 1)
 
 
-def whole_steps(wanted: int, strength: float) -> int:
-    """The steps of a full schedule of which the last `wanted` begin at `strength` of the noise, as A1111 counts."""
-    return max(wanted, int(wanted / min(max(strength, 1e-3), 0.999)))
+def steps_of(job: Job, hires: Hires) -> int:
+    """The steps that the second pass adds."""
+    return 0 if hires.strength == 0 else wanted_steps(job, hires)
+
+
+def second_pass(job: Job, hires: Hires, drawn: Drawn, studio: Studio) -> Generator[Scene, Drawn, tuple[Job, Drawn]]:
+    """Yields the scene of the second pass over what the first drew; returns its job and its latents."""
+    model = studio.model
+    second = complete(second_job(job, hires, model), model.family)
+    clean = larger(drawn, second, studio, hires)
+    if hires.strength == 0:
+        return second, Drawn(clean, 0.0)
+    sigmas = sigmas_of(second, model)
+    sigmas = sigmas[max(0, len(sigmas) - 1 - wanted_steps(job, hires)) :]
+    return second, (yield Scene(second, sigmas, clean=clean, concat=blank(model, size_of(second))))
 
 
 @torch.inference_mode()
-def larger(latents: Tensor, last_sigma: float, job: Job, model: Model, hires: Hires, tile: int | None = None) -> Tensor:
-    """First-pass latents (B, C, h, w) at `last_sigma` -> clean latents of the second pass's size.
+def larger(drawn: Drawn, job: Job, studio: Studio, hires: Hires) -> Tensor:
+    """What the first pass drew -> clean latents (B, C, h, w) of the second pass's size, whose job is `job`.
 
-    `job` is that of the second pass. The latent upscalers resize latents, the others pixels.
+    The latent upscalers resize latents, the others pixels.
     """
-    factor = model.family.autoencoder.factor
-    size = (size_of(job)[0] // factor, size_of(job)[1] // factor)
+    factor = studio.model.family.autoencoder.factor
+    height, width = size_of(job)
     if hires.upscaler in LATENT_UPSCALERS:
-        clean = latents * (1 + last_sigma**2) ** -0.5
+        clean = drawn.latents * (1 + drawn.last**2) ** -0.5
         mode = MODES[hires.upscaler]
         corners = {} if mode == "nearest" else {"align_corners": False}
-        return F.interpolate(clean, size=size, mode=mode, **corners)
-    pixels = resize(
-        to_uint8(decode(latents, last_sigma, model, tile=tile)), size[1] * factor, size[0] * factor, hires.upscaler
-    )
-    images = from_uint8(pixels).to(model.device, model.dtype)
-    return torch.cat([model.autoencoder.encode(one[None]).mean.float() for one in images]) * model.family.latent_scale
-
-
-@torch.inference_mode()
-def start(clean: Tensor, job: Job, model: Model, wanted: int, watch: Watch | None = None) -> list[Run]:
-    """The runs of the second pass from clean latents (B, C, h, w): the last `wanted` steps of `second_job`'s job."""
-    sampler, sigmas = sampler_of(job), sigmas_of(job, model)
-    sigmas = sigmas[max(0, len(sigmas) - 1 - wanted) :]
-    plan = guidance_of(job, model, blank(model, size_of(job)))
-    spec, options = noise_spec(job, model), sampler_options(job, model)
-    channels, height, width = clean.shape[1:]
-    runs = []
-    for index, seed in enumerate(seeds_of(job)):
-        noise = SeededNoise([seed], (channels, height, width), model.device, spec_of(spec, index), sigmas)
-        x = clean[index : index + 1].float() + noise() * sigmas[0]
-        runs.append(Run(sampler.run(x, sigmas, noise, **options), plan, sigmas, watch))
-    return runs
+        return F.interpolate(clean, size=(height // factor, width // factor), mode=mode, **corners).float()
+    pixels = studio.decode(drawn, job)
+    return studio.encode(studio.enlarged(pixels, width, height, hires.upscaler), job)

@@ -21,15 +21,18 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Model
 from sfumato.images import UPSCALERS
+from sfumato.images.fitting import FITS
 from sfumato.prompts.weighting import WEIGHTINGS
-from sfumato.tasks.checks import LATENT_UPSCALERS, complete
+from sfumato.tasks.checks import FILLS, LATENT_UPSCALERS, complete
 from sfumato.tasks.hires import second_job
 from sfumato.tasks.profiles import PROFILES
-from sfumato.tasks.txt2img import sigmas_of, size_of
+from sfumato.tasks.scenes import sigmas_of, size_of
+from sfumato.tasks.studio import Pictures
 from sfumato.types import Hires, Job
 
 MAX_CELLS = 10_000
 MATRIX = "matrix"
+SWITCHES = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 MAX_PARTS = 12  # of a prompt matrix; each doubles the cells
 NAMES: Mapping[str, tuple[str, ...]] = {  # what "all" stands for
     "sampler": tuple(SAMPLERS),
@@ -40,6 +43,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {  # what "all" stands for
     "hires.upscaler": (*LATENT_UPSCALERS, *UPSCALERS),
     "hires.sampler": tuple(SAMPLERS),
     "hires.schedule": tuple(SCHEDULES),
+    "resize": FITS,
+    "fill": FILLS,
+    "upscaler": tuple(UPSCALERS),
+    "seamless": ("", "x", "y", "xy"),
 }
 NUMBER = r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,3})?"
 RANGE = re.compile(rf"({NUMBER})\s*-\s*({NUMBER})\s*(?:\(\s*({NUMBER})\s*\)|\[\s*(\d{{1,6}})\s*\])?")
@@ -157,6 +164,10 @@ def read_values(word: str, kind: Kind) -> list[Any]:
     """The value of a word, or the values of a range of numbers. ValueError begins with the word."""
     if kind.type is str:
         return [word]
+    if kind.type is bool:
+        if word.lower() not in SWITCHES:
+            raise ValueError(f"{word!r}: one of {', '.join(SWITCHES)} is needed")
+        return [SWITCHES[word.lower()]]
     if kind.optional and word.lower() == "none":
         return [None]
     if kind.type is tuple:
@@ -304,10 +315,10 @@ def _check_axes(axes: Mapping[str, Axis], prompt: str) -> None:
         raise ValueError(f"{', '.join(axes)}: {cells} cells; {MAX_CELLS} are allowed")
 
 
-def checked(cell: Cell, model: Model) -> Cell:
+def checked(cell: Cell, model: Model, pictures: Pictures) -> Cell:
     """The cell with a complete job; ValueError names the cell."""
     try:
-        job = complete(cell.job, model.family)
+        job = complete(cell.job, model.family, pictures.size(cell.job))
         sigmas_of(job, model)
         if job.hires is not None:
             complete(second_job(job, job.hires, model), model.family)
@@ -316,7 +327,16 @@ def checked(cell: Cell, model: Model) -> Cell:
     return replace(cell, job=job)
 
 
-def final_size(job: Job, model: Model) -> tuple[int, int]:
+def final_size(job: Job, model: Model, pictures: Pictures) -> tuple[int, int]:
     """(width, height) in pixels of what a complete job draws."""
-    height, width = size_of(job if job.hires is None else second_job(job, job.hires, model))
+    size = pictures.size(job)
+    if size is None:
+        height, width = size_of(job if job.hires is None else second_job(job, job.hires, model))
+        return width, height
+    tall, wide = size
+    if job.upscale is not None:
+        return round(wide * job.upscale), round(tall * job.upscale)
+    if job.resize == "keep" or (job.only_masked and (job.mask is not None or job.from_alpha)):
+        return wide + job.left + job.right, tall + job.up + job.down
+    height, width = size_of(job)
     return width, height

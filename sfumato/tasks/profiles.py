@@ -18,6 +18,12 @@ class Profile:
     else picture i from that of seed + i. `schedule` is what samplers without a schedule of their own get.
     `zero_negative`: an empty negative prompt is zeros where the family says so. `diffusers_levels`: samplers visit the
     levels, and start from the scale, of diffusers' schedulers of their names.
+
+    Of drawing over a picture: `strength` is the usual one and `strength_rule` how steps follow from it (redraw.RULES);
+    `picture_size` is that of a job which says none: the picture's own ("keep"), rounded down ("floor") or the model's
+    ("native"); `sampled`: latents are a sample of the autoencoder's posterior. `mask_blur` (px; None: a quarter of a
+    latent cell) stays inside the mask where it is `mask_inward`. `noise_at_full`: at strength 1 a masked picture begins
+    from noise alone; `blends_inpainting`: the picture is kept around the mask also by models that see it.
     """
 
     name: str
@@ -34,6 +40,14 @@ class Profile:
     guidance: float | None = None
     zero_negative: bool = True
     diffusers_levels: bool = False
+    strength: float = 0.75
+    strength_rule: str = "round"
+    picture_size: str = "keep"
+    sampled: bool = False
+    mask_blur: float | None = None
+    mask_inward: bool = True
+    noise_at_full: bool = False
+    blends_inpainting: bool = False
 
 
 PROFILES = {
@@ -49,6 +63,11 @@ PROFILES = {
             steps=20,
             guidance=7.0,
             zero_negative=False,
+            strength_rule="a1111",
+            picture_size="native",
+            mask_blur=4.0,
+            mask_inward=False,
+            blends_inpainting=True,
         ),
         Profile(
             "comfy",
@@ -60,6 +79,11 @@ PROFILES = {
             steps=20,
             guidance=8.0,
             zero_negative=False,
+            strength=1.0,
+            strength_rule="whole",
+            picture_size="floor",
+            mask_blur=0.0,
+            blends_inpainting=True,
         ),
         Profile(
             "diffusers",
@@ -70,6 +94,12 @@ PROFILES = {
             one_generator=True,
             diffusers_levels=True,
             steps=50,
+            strength=0.8,
+            strength_rule="diffusers",
+            picture_size="floor",
+            sampled=True,
+            mask_blur=0.0,
+            noise_at_full=True,
         ),
         Profile(
             "compvis",
@@ -82,6 +112,9 @@ PROFILES = {
             sampler="ddim",
             steps=50,
             guidance=7.5,
+            strength_rule="compvis",
+            picture_size="floor",
+            mask_blur=0.0,
         ),
     )
 }

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sfumato.diffusion.guidance import Guidance, Options, Weighted, Window, plan
@@ -18,16 +19,18 @@ from sfumato.types import Cond, Job
 
 log = logging.getLogger(__name__)
 
+PICTURE_GUIDANCE = 1.5  # InstructPix2Pix's usual one
 Entries = Sequence[tuple[int, Cond]]
 
 
-def guidance_of(job: Job, model: Model, concat: Tensor | None = None) -> Guidance:
-    """The plan of a complete job; `concat` is what the U-Net sees beside x."""
-    profile, options = find_profile(job.like), guidance_options(job)
+def guidance_of(job: Job, model: Model, concat: Tensor | None = None, label: int | None = None) -> Guidance:
+    """The plan of a complete job; `concat` (1, Cc, h, w) is what the U-Net sees beside x, `label` its class."""
+    profile, options = find_profile(job.like), guidance_options(job, model)
     texts = TextOptions(job.weighting or profile.weighting, job.clip_skip, long=profile.long)
     steps = int(job.steps or 1)
     positive = read(job.prompt, steps, profile)
-    negative = read(job.negative, steps, profile, negative=True) if options.scale != 1.0 else []
+    guided = options.scale != 1.0 or options.picture is not None
+    negative = read(job.negative, steps, profile, negative=True) if guided else []
     wide = sizes(job), sizes(job, negative=True)
     conds: dict[tuple[str, bool], Cond] = {}
     for part, is_negative in [*((part, False) for part in positive), *((part, True) for part in negative)]:
@@ -36,6 +39,8 @@ def guidance_of(job: Job, model: Model, concat: Tensor | None = None) -> Guidanc
                 zero = is_negative and profile.zero_negative
                 conds[text, is_negative] = encode(model, text, wide[is_negative], texts, negative=zero)
     even = {key: replace(cond, concat=concat) for key, cond in zip(conds, alike(list(conds.values())), strict=True)}
+    if label is not None:
+        even = {key: replace(cond, vector=torch.tensor([label], device=model.device)) for key, cond in even.items()}
     late = 1 - profile.first_step  # where schedules count from 0, everything holds for one step more
 
     def told(part: Part, is_negative: bool) -> Entries:
@@ -55,8 +60,11 @@ def read(text: str, steps: int, profile: Profile, negative: bool = False) -> Seq
     return prompt.parts
 
 
-def guidance_options(job: Job) -> Options:
-    """The job's fields of guidance."""
+def guidance_options(job: Job, model: Model) -> Options:
+    """The job's fields of guidance, as the model's family can use them."""
+    picture = None
+    if model.family.concat == "picture":
+        picture = PICTURE_GUIDANCE if job.image_guidance is None else job.image_guidance
     high = math.inf if job.guidance_high is None else job.guidance_high
     return Options(
         scale=float(job.guidance if job.guidance is not None else 1.0),
@@ -66,6 +74,8 @@ def guidance_options(job: Job) -> Options:
         rescale=job.rescale,
         percentile=job.threshold,
         mimic=job.mimic,
+        picture=picture,
+        seamless=("x" in job.seamless, "y" in job.seamless),
         freeu=None if job.freeu is None else tuple(job.freeu),  # type: ignore[arg-type]
     )
 

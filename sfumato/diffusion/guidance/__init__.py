@@ -2,6 +2,7 @@
 
 from sfumato.diffusion.guidance.attention import Perturbed, SelfAttention
 from sfumato.diffusion.guidance.classifier_free import ClassifierFree, During, Positive, Told, Weighted, Window
+from sfumato.diffusion.guidance.looking import Looker, Looking, heat
 from sfumato.diffusion.guidance.plan import Options, plan
 from sfumato.diffusion.guidance.protocol import Ask, Guidance, Moment, Reply, moment
 from sfumato.diffusion.guidance.taming import Mimicked, Rescaled, Thresholded
@@ -11,6 +12,8 @@ __all__ = [
     "ClassifierFree",
     "During",
     "Guidance",
+    "Looker",
+    "Looking",
     "Mimicked",
     "Moment",
     "Options",
@@ -23,6 +26,7 @@ __all__ = [
     "Told",
     "Weighted",
     "Window",
+    "heat",
     "moment",
     "plan",
 ]

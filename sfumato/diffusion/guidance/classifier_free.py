@@ -83,14 +83,14 @@ class ClassifierFree:
         weights = [part.weight for part in parts_of(self.positive)]
         x0s = [reply.x0 for reply in replies]
         if len(x0s) == len(weights):
-            x0 = _blend(_shares(weights), x0s)
+            x0 = blended(_shares(weights), x0s)
             return Answer(x0, None, x0)
         negative = x0s[-1]
-        cond = _blend([*weights, 1.0 - sum(weights)], x0s)
+        cond = blended([*weights, 1.0 - sum(weights)], x0s)
         return Answer(negative + self.scale * (cond - negative), negative, cond)
 
 
-def _blend(weights: Sequence[float], x0s: Sequence[Tensor]) -> Tensor:
+def blended(weights: Sequence[float], x0s: Sequence[Tensor]) -> Tensor:
     """sum_i w_i x0_i; those of no weight are left out."""
     parts = [x0 if weight == 1.0 else weight * x0 for weight, x0 in zip(weights, x0s, strict=True) if weight]
     return reduce(torch.add, parts)

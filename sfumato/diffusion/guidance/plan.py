@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from sfumato.diffusion.guidance.attention import MIDDLE, Perturbed, SelfAttention
 from sfumato.diffusion.guidance.classifier_free import (
@@ -15,6 +16,7 @@ from sfumato.diffusion.guidance.classifier_free import (
     each_cond,
     parts_of,
 )
+from sfumato.diffusion.guidance.picture import PictureGuided
 from sfumato.diffusion.guidance.protocol import Guidance, changed, skip
 from sfumato.diffusion.guidance.taming import Mimicked, Rescaled, Thresholded
 
@@ -25,7 +27,8 @@ class Options:
 
     `pag` and `sag` are scales, 0 is off; `rescale` in [0, 1]; `percentile` in (0, 1] turns dynamic thresholding on,
     Imagen's, or with a `mimic` scale that for latents; `freeu` is (b1, b2, s1, s2). The window is classifier-free
-    guidance's alone.
+    guidance's alone. `seamless` are the directions (x, y) in which opposite edges of the picture meet;
+    `picture` is the scale of guidance by a picture that the network sees beside x.
     """
 
     scale: float = 1.0
@@ -37,6 +40,8 @@ class Options:
     percentile: float | None = None
     mimic: float | None = None
     freeu: tuple[float, float, float, float] | None = None
+    seamless: tuple[bool, bool] = (False, False)
+    picture: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "pag", "sag", "mimic"):
@@ -54,12 +59,21 @@ class Options:
 def plan(positive: Positive, negative: Told | None, options: Options, prediction: str) -> Guidance:
     """The plan of a run whose network predicts `prediction` ("eps" or "v")."""
     skip(prediction, 1.0)
+    state: dict[str, Any] = {}
     if options.freeu is not None:
-        positive = each_cond(positive, lambda cond: changed(cond, freeu=options.freeu))
+        state["freeu"] = options.freeu
+    if any(options.seamless):
+        state["seamless"] = options.seamless
+    if state:
+        positive = each_cond(positive, lambda cond: changed(cond, **state))
         if negative is not None:
-            negative = each_cond(negative, lambda cond: changed(cond, freeu=options.freeu))[0].told
+            negative = each_cond(negative, lambda cond: changed(cond, **state))[0].told
     parts = parts_of(positive)
     guidance: Guidance = ClassifierFree(parts, negative, options.scale)
+    if options.picture is not None:
+        if negative is None:
+            raise ValueError("negative=None: guidance by a picture needs one")
+        guidance = PictureGuided(parts, negative, options.scale, options.picture)
     if options.window != Window():
         guidance = During(options.window, guidance, ClassifierFree(parts, None, 1.0))
     if options.sag:

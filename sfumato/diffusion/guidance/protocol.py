@@ -1,6 +1,7 @@
 """The words of guidance: where a run stands, what a plan asks of the network, what it is told, and the Guidance itself.
 
-Letters: B pictures, n heads, L cells of an attention map; a row is one Cond for B pictures, so B rows of a call.
+Letters: B pictures, n heads, L cells of an attention map, M tokens; a row is one Cond for B pictures, so B
+rows of a call.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ TOLERANCE = 1e-6  # relative; a level that went through a logarithm or float32 i
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run stands: x (B, C, h, w) at level sigma, in step `step` from 0, which is `fraction` of all steps."""
+    """Where a run stands: x (B, C, h, w) at level sigma, in step `step` from 0, which is `fraction` of all steps.
+
+    Where x is a tile, `window` is its (top, left, height, width) in the whole picture, in latent cells.
+    """
 
     step: int
     sigma: float
     fraction: float
     x: Tensor
+    window: tuple[int, int, int, int] | None = None
 
 
 def moment(query: Query, sigmas: Sequence[float]) -> Moment:
@@ -32,15 +37,19 @@ def moment(query: Query, sigmas: Sequence[float]) -> Moment:
     enough = query.sigma * (1 - TOLERANCE)
     step = max((index for index, sigma in enumerate(sigmas) if sigma >= enough), default=0)
     step = min(step, num_steps - 1)
-    return Moment(step, query.sigma, step / num_steps, query.x)
+    return Moment(step, query.sigma, step / num_steps, query.x, query.window)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the network answers to one row: x0 (B, C, h, w), and the map (B, n, L, L) where the row's state probes."""
+    """What the network answers to one row: x0 (B, C, h, w), and the map (B, n, L, L) where the row's state probes.
+
+    Where its state has `cross`, also the maps of all attentions to the context, (B, M, h_i, w_i) for M tokens.
+    """
 
     x0: Tensor
     attention: Tensor | None = None
+    cross: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

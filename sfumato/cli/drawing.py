@@ -1,0 +1,282 @@
+"""What every command that draws has in common: its flags, its jobs, its pictures. A command is a Style.
+
+The flags are those of the original scripts with plainer names beside them, and those of every field of a Job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
+from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.saving import Saver, draw_with_bar
+from sfumato.diffusion.samplers import SAMPLERS, find_sampler
+from sfumato.diffusion.schedule import SCHEDULES
+from sfumato.families import Family
+from sfumato.pipeline import Pipeline
+from sfumato.tasks.checks import MAX_COUNT, complete
+from sfumato.tasks.studio import Pictures
+from sfumato.types import Job
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
+LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
+# Fields of a Job whose flags are spelled as in the original script.
+OWN_FLAGS = (
+    "prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule", "eta", "seed", "count",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    """A command: its name, and the defaults in which it differs from others; None is the family's own.
+
+    `takes_image`: there are pictures to begin from. `without` are fields of a Job that it has no flags for, `check` is
+    asked about each job before anything is loaded.
+    """
+
+    name: str
+    prompt: str | None = None
+    n_iter: int = 1
+    n_samples: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    strength: float | None = None
+    always_grid: bool = False
+    takes_image: bool = False
+    without: tuple[str, ...] = ()
+    check: Callable[[Job], Job] | None = None
+
+    @property
+    def outdir(self) -> str:
+        return f"outputs/{self.name}-samples"
+
+
+def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
+    """The flags of a command."""
+
+    def own(value: object) -> str:
+        return "the model's own" if value is None else str(value)
+
+    add = parser.add_argument
+    if style.takes_image:
+        _add_image_flags(add, style)
+    add("--prompt", default=style.prompt, help="what to draw; empty draws unconditionally")
+    add("--negative", default="", metavar="TEXT", help="what to stay away from")
+    add("--from-file", metavar="FILE", help="a UTF-8 text file: a picture for every line that is not blank")
+    add_model_flags(parser)
+    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: {own(style.sampler)})")
+    add("--schedule", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default: the sampler's own)")
+    add("--plms", action="store_true", help="the same as --sampler plms")
+    add("--dpm_solver", action="store_true", help="the same as --sampler dpmpp_2m --schedule uniform")
+    steps_help = f"sampling steps (default: {own(style.steps)})"
+    add("--ddim_steps", "--steps", dest="steps", type=int, default=style.steps, metavar="N", help=steps_help)
+    add("--ddim_eta", "--eta", dest="eta", type=float, metavar="ETA", help="0 deterministic to 1 (ddim, euler_a)")
+    scale_help = f"guidance; 1 is none (default: {own(style.guidance)})"
+    add("--scale", "--guidance", dest="guidance", type=float, default=style.guidance, metavar="G", help=scale_help)
+    add("--seed", type=int, default=42, metavar="N", help="picture i is drawn from seed + i (default: 42)")
+    count_help = f"pictures drawn at once (default: {style.n_samples})"
+    add("--n_samples", "--count", dest="n_samples", type=int, default=style.n_samples, metavar="N", help=count_help)
+    add("--n_iter", type=int, default=style.n_iter, metavar="N", help=f"times to do so (default: {style.n_iter})")
+    add("--fixed_code", action="store_true", help="start every iteration from the same noise")
+    add("--H", "--height", dest="height", type=int, metavar="PX", help="height (default: the model's own)")
+    add("--W", "--width", dest="width", type=int, metavar="PX", help="width (default: the model's own)")
+    add("--C", dest="channels", type=int, metavar="N", help="latent channels, checked against the model's")
+    add("--f", dest="factor", type=int, metavar="N", help="downsampling factor, checked against the model's")
+    add("--outdir", metavar="DIR", default=style.outdir, help="(default: %(default)s)")
+    add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
+    add("--skip_grid", action="store_true", help="save no grid of all pictures")
+    add("--skip_save", action="store_true", help="save no single pictures")
+    add("--laion400m", action="store_true", help="the older LAION-400M model's places of files")
+    add("--config", metavar="FILE", help="accepted; the model's shape is read from the checkpoint")
+    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    more = ("image", "strength", "mask") if style.takes_image else ()
+    add_job_flags(parser, without=(*OWN_FLAGS, *style.without, *more))
+    parser.set_defaults(style=style)
+
+
+def _add_image_flags(add: Callable[..., object], style: Style) -> None:
+    add("--image", "--init-img", dest="images", action="append", metavar="PATH",
+        help="the picture to begin from, or a folder of them; may be repeated")  # fmt: skip
+    if "mask" not in style.without:
+        add("--mask", metavar="PATH", help="draw only where this picture is white; or a folder with one for each "
+            "picture, of its name or with _mask behind it")  # fmt: skip
+    usual = "the task's own" if style.strength is None else f"{style.strength:g}"
+    add("--strength", type=float, default=style.strength, metavar="X",
+        help=f"how much of it may change: 0 nothing, 1 all (default: {usual})")  # fmt: skip
+    add("--loopback", type=int, default=1, metavar="N", help="draw N times, each time over what was drawn before")
+    add("--loopback-strength", type=float, metavar="X", help="the last time's strength; those between in even steps")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a prompt file that are not blank; ValueError where there are none or it is not UTF-8."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"from-file={path!r}: not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"from-file={path!r}: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"from-file={path!r}: it holds no prompt")
+    return prompts
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, str | None]:
+    """Sampler and schedule; --plms and --dpm_solver are the original script's names of two."""
+    wanted = {"plms": args.plms, "dpmpp_2m": args.dpm_solver, args.sampler: args.sampler is not None}
+    names = {find_sampler(name).name for name, given in wanted.items() if given}
+    if len(names) > 1:
+        raise ValueError(f"sampler: one is needed, --plms, --dpm_solver and --sampler ask for {' and '.join(names)}")
+    if args.plms and args.eta:
+        raise ValueError(f"ddim_eta={args.eta}: 0 is needed with --plms")
+    schedule = args.schedule or ("uniform" if args.dpm_solver else None)
+    return {"sampler": names.pop() if names else args.style.sampler, "schedule": schedule}
+
+
+def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
+    """The jobs of each iteration: n_samples pictures of the prompt, or one of every line of the prompt file.
+
+    Each of them for every picture that there is to begin from.
+    """
+    for name in ("n_iter", "n_samples", *(["loopback"] if args.style.takes_image else [])):
+        if not 1 <= getattr(args, name) <= MAX_COUNT:
+            raise ValueError(f"{name}={getattr(args, name)}: 1 to {MAX_COUNT} are allowed")
+    if args.n_rows < 0:
+        raise ValueError(f"n_rows={args.n_rows}: 0 or more are needed")
+    if args.prompt is None and args.from_file is None:
+        raise ValueError('prompt: say what to draw with --prompt "..." or --from-file FILE')
+    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
+    common, texts, seed = _sampling(args), texts_from_flags(args), args.seed
+    begun: Sequence[tuple[str | None, str | None]] = images_of(args) if args.style.takes_image else [(None, None)]
+    for _ in range(args.n_iter):
+        if args.from_file:
+            share = args.n_samples if args.fixed_code else len(prompts)  # the original starts every batch alike
+            seeds = [seed + index % share for index in range(len(prompts))]
+            jobs = [job_from_flags(args, prompt=p, seed=s, **common) for p, s in zip(prompts, seeds, strict=True)]
+        else:
+            jobs = [job_from_flags(args, prompt=prompts[0], seed=seed, count=args.n_samples, **common)]
+        jobs = [replace(job, image=image, mask=mask) for image, mask in begun for job in jobs]
+        if args.style.check is not None:
+            jobs = [args.style.check(job) for job in jobs]
+        yield [drawn for job in jobs for drawn in texts.jobs(job)]
+        if not args.fixed_code:
+            seed += len(prompts) if args.from_file else args.n_samples
+
+
+def images_of(args: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Every picture that --image names, with its mask; ValueError where there is none, or no mask of one."""
+    if not args.images:
+        raise ValueError("image: say what to begin from with --image PATH")
+    found = []
+    for name in args.images:
+        paths = pictures_in(Path(name)) if Path(name).is_dir() else [Path(name)]
+        for path in paths:
+            mask = getattr(args, "mask", None)
+            if mask is not None and Path(mask).is_dir():
+                mask = str(_mask_beside(path, Path(mask)))
+            found.append((str(path), mask))
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by name, without those that are another's mask. ValueError where there are none."""
+    every = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    stems = {path.stem for path in every}
+    found = [path for path in every if not (path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems)]
+    if not found:
+        raise ValueError(f"image={str(folder)!r}: the folder holds no picture ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _mask_beside(path: Path, folder: Path) -> Path:
+    """The mask of a picture among a folder's; ValueError where there is none."""
+    for stem in (f"{path.stem}_mask", path.stem):
+        for suffix in SUFFIXES:
+            mask = folder / f"{stem}{suffix}"
+            if mask.is_file() and mask.resolve() != path.resolve():
+                return mask
+    raise ValueError(f"mask={str(folder)!r}: it holds no mask of {path.name} ({path.stem}_mask.png)")
+
+
+def _check_family(args: argparse.Namespace, family: Family) -> None:
+    for flag, given, actual in (
+        ("C", args.channels, family.autoencoder.latent_channels),
+        ("f", args.factor, family.autoencoder.factor),
+    ):
+        if given is not None and given != actual:
+            raise ValueError(f"{flag}={given}: the model {family.name} has {actual}")
+
+
+def looped(pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver) -> Iterator[np.ndarray]:
+    """Draw a job, save what comes out, and draw over that as often as --loopback says; gives every picture.
+
+    Each time's picture is a file, and the next one's recipe names it.
+    """
+    if not args.style.takes_image or args.loopback == 1:
+        result = draw_with_bar(pipeline, job)
+        for index, image in enumerate(result.images):
+            if not args.skip_save:
+                saver.picture(result, index)
+            yield image
+        return
+    if args.skip_save:
+        raise ValueError("loopback: each time begins from a saved picture; it does not go with --skip_save")
+    last = job.strength if args.loopback_strength is None else args.loopback_strength
+    for seed in range(job.seed, job.seed + job.count):
+        one = replace(job, seed=seed, count=1)
+        for turn in range(args.loopback):
+            if job.strength is not None and last is not None:
+                one = replace(one, strength=job.strength + (last - job.strength) * turn / (args.loopback - 1))
+            result = draw_with_bar(pipeline, one)
+            path = saver.picture(result, 0)
+            yield result.images[0]
+            one = replace(one, image=str(path), seed=one.seed + job.count)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    iterations = list(jobs_of(args))
+    outdir = args.outdir
+    if args.laion400m:
+        outdir, args.ckpt = LAION_OUTDIR, LAION_CKPT
+    if args.config:
+        log.info("config %s is not read: the model's shape is in the checkpoint", args.config)
+    pipeline = load(args, args.device, args.precision)
+    saver = Saver(Path(outdir))
+    model, pictures = pipeline.model, Pictures()
+    _check_family(args, model.family)
+    for job in (job for jobs in iterations for job in jobs):
+        complete(job, model.family, pictures.size(job))
+    log.info("%s on %s in %s", model.name, model.device, model.precision)
+    if not all(job.prompt for jobs in iterations for job in jobs):
+        log.info("the prompt is empty: drawing unconditionally")
+    images: list[np.ndarray] = []
+    try:
+        for job in (job for jobs in iterations for job in jobs):
+            for image in looped(pipeline, job, args, saver):
+                if not args.skip_grid:
+                    images.append(image)
+    finally:  # what is finished is kept, whatever ended it
+        alike = len({image.shape for image in images}) == 1  # a grid is of pictures of one size
+        if alike and (len(images) > 1 or args.style.always_grid):
+            columns = args.n_rows or (len(iterations[0]) if args.from_file else args.n_samples)
+            saver.grid(np.stack(images), min(columns, len(images)))
+    return 0
+
+
+def original_script(style: Style, prog: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of one of the original scripts, with its defaults."""
+    parser = argparse.ArgumentParser(prog=prog, description=f"{prog} of the original scripts, flag for flag.")
+    add_flags(parser, style)
+    return parser.parse_args(argv)

@@ -1,0 +1,71 @@
+"""Pictures as they leave a command: numbered files, each path printed, and the bar while they are drawn."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sfumato.images import grid, save_png
+from sfumato.pipeline import Pipeline, recipe
+from sfumato.types import Job, Result
+
+
+def _next_number(folder: Path, pattern: str) -> int:
+    """One above the highest number that a file of the folder has in the pattern's group."""
+    numbers = [int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(pattern, path.name))]
+    return max(numbers, default=-1) + 1
+
+
+class Saver:
+    """Writes pictures as samples/00000.png, 00001.png, ... and prints each path.
+
+    Numbers go on above the highest there is; a name that another process took meanwhile is passed over.
+    """
+
+    def __init__(self, outdir: Path) -> None:
+        self.outdir, self.samples = outdir, outdir / "samples"
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            probe = self.samples / ".sfumato-probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"outdir={str(outdir)!r}: cannot be written ({error.strerror})") from error
+
+    def picture(self, result: Result, index: int) -> Path:
+        """Save a picture with its recipe; returns where."""
+        number = _next_number(self.samples, r"(\d{5,})\.png")
+        names = (self.samples / f"{n:05}.png" for n in count(number))
+        return self._save(names, result.images[index], recipe(result, index))
+
+    def grid(self, images: np.ndarray, columns: int) -> None:
+        number = _next_number(self.outdir, r"grid-(\d{4,})\.png")
+        self._save((self.outdir / f"grid-{n:04}.png" for n in count(number)), grid(images, columns), None)
+
+    def _save(self, names: Iterator[Path], image: np.ndarray, made: dict[str, Any] | None) -> Path:
+        for path in names:
+            try:
+                save_png(path, image, made, new=True)
+            except FileExistsError:
+                continue
+            print(path, flush=True)
+            return path
+        raise AssertionError("there is always another name")
+
+
+def draw_with_bar(pipeline: Pipeline, job: Job) -> Result:
+    """Draw a job under a progress bar of noise levels on the terminal."""
+    with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return pipeline.draw(job, progress)

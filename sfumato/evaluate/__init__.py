@@ -1,0 +1,1 @@
+"""Numbers that tell how good pictures are, and how near one is to another."""

@@ -1,0 +1,170 @@
+"""The canvas: the pixels that a job draws over, what of them is free, and how what was drawn becomes the picture.
+
+Owns sizes, crops and masks in pixels; knows no latents. Letters: H W pixels of the canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sfumato.families import Family
+from sfumato.images import Picture, resize
+from sfumato.images.fitting import fitted
+from sfumato.images.masks import blurred, box_of, feathered, filled, laid_on, shaped_like
+from sfumato.tasks.profiles import find_profile
+from sfumato.tasks.scenes import size_of
+from sfumato.tasks.studio import Pictures
+from sfumato.types import Job
+
+PAPER = 255  # what is behind a picture with transparent parts, as A1111's
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Pixels (H, W, 3) uint8 to draw over; `mask` (H, W) float32, 1 is free, None where all is.
+
+    `finished` takes what was drawn, (B, H, W, 3) uint8, to the pictures that the job asked for.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    finished: Callable[[np.ndarray], np.ndarray]
+
+
+def flat(picture: Picture) -> np.ndarray:
+    """Pixels (H, W, 3) uint8, what is transparent laid on white."""
+    if picture.alpha is None:
+        return picture.pixels
+    return laid_on(np.full_like(picture.pixels, PAPER), picture.pixels, picture.alpha.astype(np.float32) / 255)
+
+
+def mask_size_error(mask: np.ndarray, picture: np.ndarray, name: str) -> ValueError:
+    """What to say of a mask of another size."""
+    (tall, wide), (height, width) = mask.shape, picture.shape[:2]
+    return ValueError(
+        f"mask={name!r}: {wide} x {tall} px, the image has {width} x {height}; the same size is needed"
+        " (mask_resize stretches it)"
+    )
+
+
+def read_free(job: Job, picture: Picture, pictures: Pictures) -> np.ndarray | None:
+    """What of a job's picture is to be drawn, (H, W) float32: its mask, or what is transparent where it has none.
+
+    ValueError for a mask of another size, and where nothing is to be drawn.
+    """
+    if job.mask is None:
+        if not job.from_alpha:
+            return None
+        if picture.alpha is None:
+            raise ValueError(f"mask=None: {job.image!r} is nowhere transparent; a mask must say what to draw")
+        mask = 1 - picture.alpha.astype(np.float32) / 255
+    else:
+        mask = pictures.mask(job.mask)
+        if mask.shape != picture.pixels.shape[:2]:
+            if not job.mask_resize:
+                raise mask_size_error(mask, picture.pixels, job.mask)
+            mask = fitted(mask, picture.pixels.shape[1], picture.pixels.shape[0], "stretch", "bilinear")
+    if job.mask_invert:
+        mask = 1 - mask
+    if not job.mask_soft:
+        mask = (mask >= 0.5).astype(np.float32)
+    if not mask.any():
+        colour, where = ("white", "inverted, ") if job.mask_invert else ("black", "")
+        raise ValueError(f"mask={job.mask!r}: {where}it is {colour} all over, so there is nothing to draw")
+    return mask
+
+
+def blurs(job: Job, family: Family) -> tuple[float, float]:
+    """The standard deviations in px, along x and y, by which a complete job's mask is blurred."""
+    usual = find_profile(job.like).mask_blur
+    usual = family.autoencoder.factor / 4 if usual is None else usual
+    return tuple(usual if blur is None else blur for blur in (job.mask_blur_x, job.mask_blur_y))  # type: ignore[return-value]
+
+
+def softened(mask: np.ndarray, job: Job, family: Family) -> np.ndarray:
+    """How much of what was drawn lies over the old picture, (H, W): the mask with its edge blurred."""
+    sigmas = blurs(job, family)
+    if job.mask_soft:
+        mask = np.clip(4 * mask, 0, 1)  # what is changed least is not cut off
+    return feathered(mask, *sigmas) if find_profile(job.like).mask_inward else blurred(mask, *sigmas)
+
+
+def canvas_of(job: Job, family: Family, pictures: Pictures) -> Canvas:
+    """The canvas of a complete job that has an image. ValueError where its pictures do not fit each other."""
+    assert job.image is not None
+    picture = pictures.picture(job.image, "image")
+    return canvas_over(flat(picture), read_free(job, picture, pictures), job, family)
+
+
+def canvas_over(pixels: np.ndarray, free: np.ndarray | None, job: Job, family: Family) -> Canvas:
+    """The canvas of a complete job over these pixels, of which `free` (H, W) is to be drawn (None: all)."""
+    if free is None:
+        return _whole(pixels, job)
+    if job.only_masked:
+        return _crop(pixels, free, job, family)
+    height, width = size_of(job)
+    tall, wide = pixels.shape[:2]
+    ground = fitted(pixels, width, height, str(job.resize))
+    mask = fitted(free, width, height, str(job.resize), "bilinear")
+    if not job.mask_soft:
+        mask = (mask >= 0.5).astype(np.float32)
+    weight = softened(mask, job, family)
+
+    def finished(drawn: np.ndarray) -> np.ndarray:
+        whole = np.stack([laid_on(ground, one, weight) for one in drawn])
+        return whole[:, :tall, :wide] if job.resize == "keep" else whole
+
+    # a blurred mask reaches further, and all that it reaches is drawn
+    return Canvas(_begun(ground, mask, job), np.maximum(mask, weight), finished)
+
+
+def _whole(pixels: np.ndarray, job: Job) -> Canvas:
+    height, width = size_of(job)
+    tall, wide = pixels.shape[:2]
+
+    def finished(drawn: np.ndarray) -> np.ndarray:
+        return drawn[:, :tall, :wide] if job.resize == "keep" else drawn
+
+    return Canvas(fitted(pixels, width, height, str(job.resize)), None, finished)
+
+
+def _crop(pixels: np.ndarray, free: np.ndarray, job: Job, family: Family) -> Canvas:
+    """The surroundings of the mask alone, at the job's size; what is drawn goes back into the whole picture."""
+    height, width = size_of(job)
+    weight = softened(free, job, family)
+    reached = np.maximum(free, weight)
+    left, top, right, bottom = shaped_like(box_of(reached, job.padding), width, height, pixels.shape[:2])
+    part = (slice(top, bottom), slice(left, right))
+    fit = "stretch" if (right - left) * height == (bottom - top) * width else "fill"
+    ground = fitted(pixels[part], width, height, fit)
+    mask = fitted(np.ascontiguousarray(reached[part]), width, height, fit, "bilinear")
+    if not job.mask_soft:
+        mask = (mask > 0).astype(np.float32)
+
+    def finished(drawn: np.ndarray) -> np.ndarray:
+        small = _unfitted(drawn, right - left, bottom - top, fit)
+        result = np.repeat(pixels[None], len(drawn), axis=0)
+        for whole, one in zip(result, small, strict=True):
+            whole[part] = laid_on(pixels[part], one, weight[part])
+        return result
+
+    return Canvas(_begun(ground, mask, job), mask, finished)
+
+
+def _unfitted(drawn: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:
+    """What `fitted` made of a picture of this size, back at that size."""
+    if fit == "stretch":
+        return resize(drawn, width, height)
+    tall, wide = drawn.shape[1:3]
+    scale = min(wide / width, tall / height)
+    inner = (max(1, min(tall, round(height * scale))), max(1, min(wide, round(width * scale))))
+    top, left = (tall - inner[0]) // 2, (wide - inner[1]) // 2
+    return resize(drawn[:, top : top + inner[0], left : left + inner[1]], width, height)
+
+
+def _begun(ground: np.ndarray, mask: np.ndarray, job: Job) -> np.ndarray:
+    """What drawing begins from: the picture, or the colours around the mask flowing into it."""
+    return filled(ground, mask) if job.fill == "fill" else ground

@@ -1,0 +1,93 @@
+"""The studio: what tasks work with beside the engine - a model, the pictures that jobs name, and how memory is kept.
+
+Knows no task. Letters: B pictures, C latent channels, H W pixels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from sfumato.families import Model
+from sfumato.images import UPSCALERS, Picture, from_uint8, mask_of, read_picture, resize, to_uint8
+from sfumato.models.layers import wrapped
+from sfumato.tasks.decoding import decode
+from sfumato.tasks.encoding import encode
+from sfumato.tasks.scenes import Drawn, seamless_of
+from sfumato.types import Job
+from sfumato.weights.upscalers import Upscaler, enlarged, load_upscaler
+
+PICTURES = ("image", "mask", "depth")  # fields of a Job that name a picture
+Draw = Callable[[tuple[int, ...]], Tensor]
+
+
+class Pictures:
+    """The pictures that jobs name: those that were handed over under their names, else files. Each is read once."""
+
+    def __init__(self, given: Mapping[str, Picture] | None = None) -> None:
+        self._given = dict(given or {})
+        self._read: dict[str, Picture] = {}
+
+    def picture(self, name: str, field: str) -> Picture:
+        """The picture of a name; ValueError names the job's field."""
+        if name in self._given:
+            return self._given[name]
+        if name not in self._read:
+            self._read[name] = read_picture(name, field)
+        return self._read[name]
+
+    def mask(self, name: str, field: str = "mask") -> np.ndarray:
+        """The mask of a name, (H, W) float32 in [0, 1]."""
+        return mask_of(self.picture(name, field))
+
+    def size(self, job: Job) -> tuple[int, int] | None:
+        """(height, width) of a job's image, None where it has none."""
+        if job.image is None:
+            return None
+        height, width = self.picture(job.image, "image").pixels.shape[:2]
+        return height, width
+
+    def hashes(self, job: Job) -> dict[str, str]:
+        """SHA-256 of the pixels of each picture that a job names and that has been looked at, by field."""
+        found = {**self._read, **self._given}
+        names = {name: getattr(job, name) for name in PICTURES}
+        return {name: found[value].sha256 for name, value in names.items() if value in found}
+
+
+@dataclass(frozen=True)
+class Studio:
+    """`tile` px bounds what is encoded and decoded at once, `max_pictures` how many; `upscalers` are those loaded."""
+
+    model: Model
+    pictures: Pictures = field(default_factory=Pictures)
+    tile: int | None = None
+    max_pictures: int = 4
+    upscalers: dict[str, Upscaler] = field(default_factory=dict)
+
+    def encode(self, pixels: np.ndarray, job: Job, draw: Draw | None = None) -> Tensor:
+        """(B, H, W, 3) uint8 -> latents (B, C, h, w): the posterior's mean, or a sample with the noise of `draw`."""
+        return self.encode_images(from_uint8(pixels), job, draw)
+
+    def encode_images(self, images: Tensor, job: Job, draw: Draw | None = None) -> Tensor:
+        """The same of images (B, 3, H, W) in [-1, 1]."""
+        with wrapped(self.model.autoencoder, seamless_of(job)):
+            return encode(images, self.model, job.tile or self.tile, draw)
+
+    def decode(self, drawn: Drawn, job: Job) -> np.ndarray:
+        """Latents -> pictures (B, H, W, 3) uint8."""
+        with wrapped(self.model.autoencoder, seamless_of(job)):
+            images = decode(drawn.latents, drawn.last, self.model, self.max_pictures, job.tile or self.tile)
+        return to_uint8(images)
+
+    def enlarged(self, pixels: np.ndarray, width: int, height: int, upscaler: str) -> np.ndarray:
+        """Pictures (B, H, W, 3) uint8 at another size, by one of UPSCALERS, or a network: its file or packaged name."""
+        if upscaler in UPSCALERS:
+            return resize(pixels, width, height, upscaler)
+        if upscaler not in self.upscalers:
+            self.upscalers[upscaler] = load_upscaler(upscaler, self.model.device, self.model.dtype)
+        network = self.upscalers[upscaler]
+        factor = max(width / pixels.shape[2], height / pixels.shape[1])
+        return resize(np.stack([enlarged(one, factor, network) for one in pixels]), width, height)

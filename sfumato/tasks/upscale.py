@@ -1,0 +1,120 @@
+"""Upscaling: by a method or a network alone, then drawn over tile by tile ("SD upscale"), or by the x4 latent upscaler.
+
+Memory does not grow with the picture: what is drawn at once is a tile. Letters: H W pixels of the large picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.noise import Noise
+from sfumato.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from sfumato.images import from_uint8
+from sfumato.images.fitting import fitted
+from sfumato.models.tiling import ramps, starts
+from sfumato.tasks.canvas import Canvas, flat
+from sfumato.tasks.redraw import levels_of, redraw_on
+from sfumato.tasks.scenes import Scene, Task, noise_of, overlap_of, sigmas_of
+from sfumato.tasks.studio import Studio
+from sfumato.types import Job
+
+X4 = 4  # what the latent upscaler enlarges by, its autoencoder's factor
+# The latent upscaler's own noise over the small picture: level 0 to 999 of these, 20 usually (its published config).
+LOW_RES = ScheduleConfig(beta_start=0.0001, beta_end=0.02)
+LOW_RES_LEVEL = 20
+
+
+def upscale(job: Job, studio: Studio) -> Task:
+    """The job's image made `job.upscale` times larger; at a strength above 0 drawn over in tiles of the job's size."""
+    assert job.image is not None and job.upscale is not None
+    pixels = flat(studio.pictures.picture(job.image, "image"))
+    if studio.model.family.concat == "lowres":
+        return (yield from _by_latents(pixels, job, studio))
+    height, width = (max(1, round(side * job.upscale)) for side in pixels.shape[:2])
+    large = studio.enlarged(pixels[None], width, height, job.upscaler or "lanczos")[0]
+    if not job.strength:
+        return np.repeat(large[None], job.count, axis=0)
+    return (yield from _redrawn(large, job, studio))
+
+
+def _redrawn(large: np.ndarray, job: Job, studio: Studio) -> Task:
+    """A picture (H, W, 3) uint8 drawn over in overlapping tiles of the job's width x height, blended in pixels.
+
+    The noise of all tiles is cut out of the whole picture's, so that tiles agree where they overlap.
+    """
+    model, tall, wide = studio.model, *large.shape[:2]
+    height, width = (max(int(side or 0), 0) for side in (job.height, job.width))
+    ground = fitted(large, max(wide, width), max(tall, height), "keep")
+    factor = model.family.autoencoder.factor
+    # tiles begin on latent cells: what is left at the right and below is mirrored
+    rows, columns = (-(-side // factor) * factor for side in ground.shape[:2])
+    ground = fitted(ground, columns, rows, "keep")
+    noise = noise_of(replace(job, height=rows, width=columns, noise_width=None, noise_height=None), model)()
+    result = np.zeros((job.count, *ground.shape), dtype=np.float32)
+    tiles = list(_tiles(ground.shape[:2], (height, width), overlap_of(job), factor))
+    for number, (top, left, weight) in enumerate(tiles):
+        area = (slice(top, top + height), slice(left, left + width))
+        down, across = (slice(part.start // factor, part.stop // factor) for part in area)
+        first = noise[..., down, across]
+        one = replace(job, upscale=None, resize="stretch", tile=None, overlap=None)
+        canvas = Canvas(ground[area], None, lambda drawn: drawn)
+        later = (len(tiles) - 1 - number) * max(0, len(levels_of(one, model).sigmas) - 1)
+        drawn = yield from redraw_on(canvas, one, studio, noise=_Cut(first, noise_of(one, model)), later=later)
+        result[(slice(None), *area)] += drawn * weight[..., None]
+    return np.round(result).clip(0, 255).astype(np.uint8)[:, :tall, :wide]
+
+
+def _tiles(
+    size: tuple[int, int], tile: tuple[int, int], overlap: int, factor: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(top, left, weights) of tiles, in pixels but on latent cells, that cover (height, width); weights sum to 1."""
+    sides = []
+    for length, side in zip(size, tile, strict=True):
+        cells = side // factor
+        places = starts(length // factor, cells, min(max(1, overlap // factor), cells // 2))
+        fades = ramps(places, cells, factor, torch.device("cpu"))
+        sides.append([(place * factor, fade.numpy()) for place, fade in zip(places, fades, strict=True)])
+    for top, down in sides[0]:
+        for left, across in sides[1]:
+            yield top, left, down[:, None] * across
+
+
+class _Cut:
+    """Noise whose first draw is given, as a part of a larger picture's; what follows is that of a picture's own."""
+
+    def __init__(self, first: Tensor, after: Noise) -> None:
+        self._first: Tensor | None = first
+        self._after = after
+
+    def __call__(self) -> Tensor:
+        found, self._first = self._first, None
+        return self._after() if found is None else found
+
+    def between(self, sigma: float, sigma_next: float) -> Tensor:
+        return self._after.between(sigma, sigma_next)
+
+
+@torch.inference_mode()
+def _by_latents(pixels: np.ndarray, job: Job, studio: Studio) -> Task:
+    """The x4 upscaler: it sees the small picture, with a little noise, beside latents of the same size.
+
+    Rombach et al. 2022, section 4.5, as the published model of Stable Diffusion 2.
+    """
+    model, step = studio.model, studio.model.family.size_step // X4
+    if job.upscale != X4:
+        raise ValueError(f"upscale={job.upscale:g}: {model.name!r} enlarges {X4} times; {X4} is needed")
+    tall, wide = pixels.shape[:2]
+    small = fitted(pixels, -(-wide // step) * step, -(-tall // step) * step, "keep")
+    one = replace(job, height=small.shape[0] * X4, width=small.shape[1] * X4)
+    low = from_uint8(small[None]).to(model.device)
+    noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(job.seed)).to(model.device)
+    level = torch.tensor([LOW_RES_LEVEL], device=model.device)
+    noisy, sigma = NoiseSchedule(LOW_RES).add_noise(low, noise, level)
+    seen = noisy * (1 + sigma.reshape(-1, 1, 1, 1) ** 2).rsqrt()
+    drawn = yield Scene(one, sigmas_of(one, model), concat=seen, label=LOW_RES_LEVEL)
+    return studio.decode(drawn, one)[:, : tall * X4, : wide * X4]
