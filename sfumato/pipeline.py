@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"full": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_PICTURES = 4  # decoded at once
 Progress = Callable[[int, int], None]
+Observe = Callable[[Run, Scene, slice], None]
 
 
 def box_path() -> Path:
@@ -167,30 +168,37 @@ class Pipeline:
                 fields[name] = str(fields[name])
         return self.draw(Job(prompt=prompt, **fields), progress, given)
 
-    def draw(self, job: Job, progress: Progress | None = None, pictures: Mapping[str, Picture] | None = None) -> Result:
+    def draw(
+        self,
+        job: Job,
+        progress: Progress | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+        observe: Observe | None = None,
+    ) -> Result:
         """Draw a job. `progress(done, total)` is called after each network call with steps done, of all passes.
 
-        `pictures` are those that the job names and that are no files.
+        `pictures` are those that the job names and that are no files. `observe` is shown every run before it begins.
         """
-        return self.draw_many([job], progress, pictures)[0]
+        return self.draw_many([job], progress, pictures, observe)[0]
 
     def draw_many(
         self,
         jobs: Sequence[Job],
         progress: Progress | None = None,
         pictures: Mapping[str, Picture] | None = None,
-        watch: Watch | None = None,
+        observe: Observe | None = None,
     ) -> list[Result]:
         """Draw jobs together, their rows in shared network calls. `progress` counts the steps of all pictures.
 
-        `watch` sees every query with its answer.
+        `observe` is shown every run before it begins, with its scene and which of the scene's pictures it draws: it may
+        set the run's `watch`, or put something around its guidance.
         """
         began = time.perf_counter()
         shelf = Pictures(pictures)
         jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
         check_memory(jobs, self.model, self.tile)
         studio = Studio(self.model, shelf, self.tile, self.max_pictures, self._upscalers)
-        images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, watch))
+        images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, observe))
         seconds = time.perf_counter() - began
         return [self._result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
 
@@ -210,7 +218,7 @@ class Pipeline:
         while asked:
             scenes, asked = asked, {}
             groups = {index: runs_of(scene, self.model) for index, scene in scenes.items()}
-            bar.follow(list(scenes.values()), [run for runs in groups.values() for run in runs])
+            bar.follow([(scene, groups[index]) for index, scene in scenes.items()])
             self.engine.drive([run for runs in groups.values() for run in runs])
             for index, runs in groups.items():
                 advance(index, Drawn(torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]))
@@ -238,18 +246,21 @@ def _result_of(run: Run) -> Tensor:
 class _Bar:
     """Counts the steps that runs have left behind, each for as many pictures as the run has."""
 
-    def __init__(self, progress: Progress | None, watch: Watch | None = None) -> None:
-        self.progress, self.watch = progress, watch
+    def __init__(self, progress: Progress | None, observe: Observe | None = None) -> None:
+        self.progress, self.observe = progress, observe
         self.done = self.total = 0
 
-    def follow(self, scenes: Sequence[Scene], runs: Sequence[Run]) -> None:
+    def follow(self, scenes: Sequence[tuple[Scene, Sequence[Run]]]) -> None:
         """Watch the runs of scenes that are about to begin."""
-        self.total = self.done + sum(scene.steps for scene in scenes)
-        for run in runs:
-            run.watch = self._watch_of(run)
+        self.total = self.done + sum(scene.steps for scene, _ in scenes)
+        for scene, runs in scenes:
+            for index, run in enumerate(runs):
+                if self.observe is not None:
+                    self.observe(run, scene, slice(index, index + 1) if len(runs) > 1 else slice(0, scene.job.count))
+                run.watch = self._watch_of(run)
 
     def _watch_of(self, run: Run) -> Watch:
-        seen = 0
+        seen, inner = 0, run.watch
 
         def watch(query: Query, answer: Answer) -> None:
             nonlocal seen
@@ -259,8 +270,8 @@ class _Bar:
             seen = max(seen, step)
             if self.progress is not None:
                 self.progress(min(self.done, self.total), self.total)
-            if self.watch is not None:
-                self.watch(query, answer)
+            if inner is not None:
+                inner(query, answer)
 
         return watch
 

@@ -16,6 +16,7 @@ import numpy as np
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.saving import Saver, draw_with_bar
+from sfumato.cli.seeing import Seeing, add_seeing_flags
 from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Family
@@ -102,6 +103,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     more = ("image", "strength", "mask") if style.takes_image else ()
     add_job_flags(parser, without=(*OWN_FLAGS, *style.without, *more))
+    add_seeing_flags(parser)
     parser.set_defaults(style=style)
 
 
@@ -218,16 +220,18 @@ def _check_family(args: argparse.Namespace, family: Family) -> None:
             raise ValueError(f"{flag}={given}: the model {family.name} has {actual}")
 
 
-def looped(pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver) -> Iterator[np.ndarray]:
+def looped(
+    pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver, seeing: Seeing
+) -> Iterator[np.ndarray]:
     """Draw a job, save what comes out, and draw over that as often as --loopback says; gives every picture.
 
     Each time's picture is a file, and the next one's recipe names it.
     """
     if not args.style.takes_image or args.loopback == 1:
-        result = draw_with_bar(pipeline, job)
+        result = draw_with_bar(pipeline, job, seeing.begin())
         for index, image in enumerate(result.images):
             if not args.skip_save:
-                saver.picture(result, index)
+                seeing.save(result, index, saver.picture(result, index))
             yield image
         return
     if args.skip_save:
@@ -238,8 +242,9 @@ def looped(pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver)
         for turn in range(args.loopback):
             if job.strength is not None and last is not None:
                 one = replace(one, strength=job.strength + (last - job.strength) * turn / (args.loopback - 1))
-            result = draw_with_bar(pipeline, one)
+            result = draw_with_bar(pipeline, one, seeing.begin())
             path = saver.picture(result, 0)
+            seeing.save(result, 0, path)
             yield result.images[0]
             one = replace(one, image=str(path), seed=one.seed + job.count)
 
@@ -256,7 +261,9 @@ def run(args: argparse.Namespace) -> int:
     saver = Saver(Path(outdir))
     model, pictures = pipeline.model, Pictures()
     _check_family(args, model.family)
+    seeing = Seeing(args, model)
     for job in (job for jobs in iterations for job in jobs):
+        seeing.check(job, pictures)
         complete(job, model.family, pictures.size(job))
     log.info("%s on %s in %s", model.name, model.device, model.precision)
     if not all(job.prompt for jobs in iterations for job in jobs):
@@ -264,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
     images: list[np.ndarray] = []
     try:
         for job in (job for jobs in iterations for job in jobs):
-            for image in looped(pipeline, job, args, saver):
+            for image in looped(pipeline, job, args, saver, seeing):
                 if not args.skip_grid:
                     images.append(image)
     finally:  # what is finished is kept, whatever ended it

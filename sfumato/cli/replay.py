@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     path = Path(args.picture)
     pixels, made = load_png(path) if args.cell is None else cell_of(path, args.cell)
+    if "edit" in made:
+        raise ValueError(f"picture={str(path)!r}: made by `sfumato edit`; its recipe says how, replay draws jobs")
     if "plot" in made:
         raise ValueError(f"cell: {str(path)!r} is a plot; say which of its cells with --cell N")
     old = read_recipe(path, made)

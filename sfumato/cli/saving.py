@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sfumato.images import grid, save_png
-from sfumato.pipeline import Pipeline, recipe
+from sfumato.pipeline import Observe, Pipeline, recipe
 from sfumato.types import Job, Result
 
 
@@ -41,9 +41,12 @@ class Saver:
 
     def picture(self, result: Result, index: int) -> Path:
         """Save a picture with its recipe; returns where."""
+        return self.plain(result.images[index], recipe(result, index))
+
+    def plain(self, image: np.ndarray, made: dict[str, Any]) -> Path:
+        """Save (H, W, 3) uint8 with what it says of itself; returns where."""
         number = _next_number(self.samples, r"(\d{5,})\.png")
-        names = (self.samples / f"{n:05}.png" for n in count(number))
-        return self._save(names, result.images[index], recipe(result, index))
+        return self._save((self.samples / f"{n:05}.png" for n in count(number)), image, made)
 
     def grid(self, images: np.ndarray, columns: int) -> None:
         number = _next_number(self.outdir, r"grid-(\d{4,})\.png")
@@ -60,7 +63,7 @@ class Saver:
         raise AssertionError("there is always another name")
 
 
-def draw_with_bar(pipeline: Pipeline, job: Job) -> Result:
+def draw_with_bar(pipeline: Pipeline, job: Job, observe: Observe | None = None) -> Result:
     """Draw a job under a progress bar of noise levels on the terminal."""
     with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
 
@@ -68,4 +71,4 @@ def draw_with_bar(pipeline: Pipeline, job: Job) -> Result:
             bar.total = total
             bar.update(done - bar.n)
 
-        return pipeline.draw(job, progress)
+        return pipeline.draw(job, progress, observe=observe)

@@ -1,0 +1,57 @@
+"""Write pictures as small files of latents, which `sfumato expand` shows again with the same model.
+
+Beside each path printed stand its bytes and what is lost, as PSNR in dB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sfumato.cli.loading import add_model_flags, load
+from sfumato.evaluate.quality import psnr
+from sfumato.images import read_picture
+from sfumato.tasks.canvas import flat
+from sfumato.tasks.latent_file import compress, expand
+
+ENDING = ".sfl"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato compress`."""
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="any picture's file")
+    add("--quality", type=float, default=50, metavar="Q", help="0 to 100: how finely (default: %(default)s)")
+    add("--refine", type=int, default=0, metavar="N",
+        help="steps towards the best latents: slow, nearer to the picture, larger (default: %(default)s)")  # fmt: skip
+    add("--outdir", metavar="DIR", help=f"where NAME{ENDING} goes; replaced if there (default: beside the picture)")
+    add_model_flags(parser)
+    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    pipeline = load(args, args.device, args.precision)
+    for name in args.pictures:
+        pixels = flat(read_picture(name, "picture"))
+        data = compress(pixels, pipeline.model, args.quality, args.refine, pipeline.tile)
+        path = Path(args.outdir or Path(name).parent) / f"{Path(name).stem}{ENDING}"
+        save_bytes(path, data)
+        lost = psnr(expand(data, pipeline.model, tile=pipeline.tile), pixels)
+        print(f"{path}\t{len(data)} bytes\t{lost:.1f} dB", flush=True)
+    return 0
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """Write beside, then rename; ValueError where the place cannot be written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        raise ValueError(f"outdir={str(path.parent)!r}: cannot be written ({error.strerror})") from error
+    finally:
+        beside.unlink(missing_ok=True)

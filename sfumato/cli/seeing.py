@@ -1,0 +1,93 @@
+"""What commands that draw can show beside the pictures: films of their way from noise, and where words look."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfumato.engine import Run
+from sfumato.families import Model
+from sfumato.images import save_png
+from sfumato.images.heat import heated
+from sfumato.images.moving import FORMATS, save_moving, strip
+from sfumato.tasks.checks import complete
+from sfumato.tasks.observing import Film, Where, places_of
+from sfumato.tasks.previews import KINDS, previewer
+from sfumato.tasks.scenes import Scene
+from sfumato.tasks.studio import Pictures
+from sfumato.types import Job, Result
+
+STRIP = 12  # frames of a strip, spread over the way
+FILMS = ("png", *(ending.removeprefix(".") for ending in FORMATS))
+
+
+def add_seeing_flags(parser: argparse.ArgumentParser) -> None:
+    """--film, --preview and --where."""
+    add = parser.add_argument_group("seeing inside", "saved beside each picture, under its name").add_argument
+    add("--film", choices=FILMS, help="the way from noise to picture: a strip (png), or moving (gif, webp)")
+    add("--preview", choices=KINDS, default="linear",
+        help="films of latents as colours, by a tiny decoder, or the model's own (default: %(default)s)")  # fmt: skip
+    add("--preview-decoder", metavar="FILE", help="the tiny decoder, such as taesd_decoder.safetensors")
+    add("--where", action="append", default=[], metavar="WORD",
+        help="where a word of the prompt looked (its cross-attention); may be repeated")  # fmt: skip
+
+
+class Seeing:
+    """What the flags ask to see of jobs that a model draws. `observe` is for Pipeline.draw; `save` comes after.
+
+    ValueError where a word is not in a prompt, or what is wanted does not go with tiles.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Model) -> None:
+        self.model, self.words, self.kind = model, list(args.where), args.film
+        self._preview = previewer(args.preview, model, args.preview_decoder) if args.film else None
+        self._film: Film | None = None
+        self._where: Where | None = None
+
+    def check(self, job: Job, pictures: Pictures) -> None:
+        """ValueError where a job cannot be looked into."""
+        if self.kind and (job.tile is not None or job.upscale is not None):
+            raise ValueError(f"film={self.kind!r}: what is drawn in tiles has no film")
+        for word in self.words:
+            places_of(word, complete(job, self.model.family, pictures.size(job)), self.model)
+
+    def begin(self) -> Any:
+        """What is to be shown the runs of the next job; None where nothing is to be seen."""
+        self._film = None if self._preview is None else Film(self._preview)
+        self._where = Where(self.model) if self.words else None
+        observers = [observer for observer in (self._film, self._where) if observer is not None]
+
+        def observe(run: Run, scene: Scene, which: slice) -> None:
+            for observer in observers:
+                observer(run, scene, which)
+
+        return observe if observers else None
+
+    def save(self, result: Result, index: int, path: Path) -> None:
+        """Write what was seen of picture `index`, saved at `path`, beside it; prints each path."""
+        image = result.images[index]
+        height, width = image.shape[:2]
+        if self._film is not None:
+            self._save_film([*self._film.frames(index, width, height), image], path)
+        for word in self.words:
+            assert self._where is not None
+            heat = self._where.heat(index, places_of(word, result.job, self.model), width, height)
+            beside = path.with_name(f"{path.stem}-where-{_file_name(word)}.png")
+            save_png(beside, np.concatenate([image, heated(image, heat)], axis=1))
+            print(beside, flush=True)
+
+    def _save_film(self, frames: list[np.ndarray], path: Path) -> None:
+        beside = path.with_name(f"{path.stem}-film.{self.kind}")
+        if self.kind == "png":
+            save_png(beside, strip(frames, STRIP))
+        else:
+            save_moving(beside, frames)
+        print(beside, flush=True)
+
+
+def _file_name(word: str) -> str:
+    """A word as a part of a file's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in word)
