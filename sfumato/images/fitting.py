@@ -45,5 +45,5 @@ def _padded(pixels: np.ndarray, below: int, right: int) -> np.ndarray:
 
 
 def _resized(pixels: np.ndarray, width: int, height: int, how: str) -> np.ndarray:
-    found = np.asarray(Image.fromarray(pixels).resize((width, height), UPSCALERS[how]))
+    found = np.array(Image.fromarray(pixels).resize((width, height), UPSCALERS[how]))  # a copy: theirs is read-only
     return np.clip(found, 0, 1) if pixels.dtype == np.float32 else found

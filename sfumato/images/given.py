@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sfumato.images import reading
 from sfumato.images.reading import Picture
 
 
 def picture_from(value: Any, field: str = "image") -> Picture:
-    """A Picture of an image of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4) uint8. ValueError names the field."""
+    """A Picture of an image of Pillow, or an array (H, W), (H, W, 3) or (H, W, 4) uint8. ValueError names the field.
+
+    An image is read as its file would be: turned as its EXIF says, in sRGB as its profile says, 16 bits as 8.
+    """
     if isinstance(value, Picture):
         return value
     if isinstance(value, np.ndarray):
@@ -21,8 +25,7 @@ def picture_from(value: Any, field: str = "image") -> Picture:
         value = Image.fromarray(value.squeeze(2) if value.ndim == 3 and channels == 1 else value)
     if not isinstance(value, Image.Image):
         raise ValueError(f"{field}={value!r}: a path, an image of Pillow or an array is needed")
-    image = ImageOps.exif_transpose(value)
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"))
-        return Picture(rgba[..., :3].copy(), rgba[..., 3].copy())
-    return Picture(np.asarray(image.convert("RGB")).copy())
+    turn = reading.TURNS.get(reading._orientation(value, field))
+    image = reading._eight_bits(value if turn is None else value.transpose(turn), field)
+    profile = value.info.get("icc_profile")
+    return Picture(reading._srgb(reading._without_alpha(image), profile, field), reading._alpha_of(image))

@@ -82,6 +82,9 @@ def _premultiplied(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def laid_on(ground: np.ndarray, drawn: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """`drawn` over `ground`, both (H, W, 3) uint8, by weight (H, W): equal to the ground to the bit where that is 0."""
-    share = weight[..., None]
-    mixed = np.round(ground * (1 - share) + drawn * share).astype(np.uint8)
-    return np.where(share > 0, mixed, ground)
+    result = ground.copy()
+    for row in np.flatnonzero(weight.any(axis=1)):  # one by one: a large picture is never there in floats
+        share = weight[row, :, None]
+        mixed = np.round(ground[row] * (1 - share) + drawn[row] * share).astype(np.uint8)
+        result[row] = np.where(share > 0, mixed, ground[row])
+    return result

@@ -19,8 +19,8 @@ UPSCALERS = {
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """images (B, 3, H, W) about [-1, 1], clipped -> (B, H, W, 3) uint8, rounded to nearest."""
-    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    scaled = images.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+    return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(images: np.ndarray) -> Tensor:

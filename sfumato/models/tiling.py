@@ -9,7 +9,7 @@ Letters: B batch, H W pixels, h w latent size, f = H/h.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,15 +31,37 @@ def decode(autoencoder: Autoencoder, z: Tensor, tile: int, overlap: int | None =
     return _blend_wrapped(autoencoder, autoencoder.decode, z, cells, shared, factor, 1)
 
 
-def encode(autoencoder: Autoencoder, images: Tensor, tile: int, overlap: int | None = None) -> Posterior:
-    """What `autoencoder.encode(images)` gives, in tiles of `tile` pixels; arguments and errors as in `decode`."""
+def decode_bands(autoencoder: Autoencoder, z: Tensor, tile: int, overlap: int | None = None) -> Iterator[Tensor]:
+    """What `decode` gives, from top to bottom in bands of rows, so that the whole is never there in floats.
+
+    Where the network is wrapped, or the picture is no larger than a tile, it is one band.
+    """
+    factor = autoencoder.config.factor
+    cells, shared = _in_cells(tile, overlap, factor)
+    if max(z.shape[-2:]) <= cells or any(autoencoder.quant_conv.wrap):
+        yield decode(autoencoder, z, tile, overlap)
+        return
+    yield from _bands(autoencoder.decode, z, cells, shared, factor, 1)
+
+
+def encode(
+    autoencoder: Autoencoder,
+    images: Tensor,
+    tile: int,
+    overlap: int | None = None,
+    prepare: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Posterior:
+    """What `autoencoder.encode(prepare(images))` gives, in tiles of `tile` pixels; arguments and errors as in `decode`.
+
+    `prepare` is done to each tile, so that images may stay in another number format.
+    """
     factor = autoencoder.config.factor
     cells, shared = _in_cells(tile, overlap, factor)
     if max(images.shape[-2:]) <= tile:
-        return autoencoder.encode(images)
+        return autoencoder.encode(prepare(images))
 
     def moments(part: Tensor) -> Tensor:
-        posterior = autoencoder.encode(part)
+        posterior = autoencoder.encode(prepare(part))
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     mean, logvar = _blend_wrapped(autoencoder, moments, images, cells, shared, 1, factor).chunk(2, dim=1)
@@ -94,21 +116,40 @@ def _closed(x: Tensor, dim: int, length: int) -> Tensor:
 
 def _blend(function: Callable[[Tensor], Tensor], x: Tensor, cells: int, overlap: int, grow: int, shrink: int) -> Tensor:
     """`function` of each tile of x, blended. One latent cell is `shrink` positions of x and `grow` of the result."""
+    result: Tensor | None = None
+    top = 0
+    for band in _bands(function, x, cells, overlap, grow, shrink):
+        if result is None:
+            result = band.new_empty(*band.shape[:2], x.shape[-2] // shrink * grow, band.shape[3])
+        result[..., top : top + band.shape[2], :] = band
+        top += band.shape[2]
+    assert result is not None, "there is one band at least"
+    return result
+
+
+def _bands(
+    function: Callable[[Tensor], Tensor], x: Tensor, cells: int, overlap: int, grow: int, shrink: int
+) -> Iterator[Tensor]:
+    """What `_blend` gives, from top to bottom in bands (B, C, rows, W): one row of tiles is in memory at a time."""
     height, width = x.shape[-2] // shrink, x.shape[-1] // shrink
     rows, columns = starts(height, cells, overlap), starts(width, cells, overlap)
     down = ramps(rows, min(cells, height), grow, x.device)
     across = ramps(columns, min(cells, width), grow, x.device)
-    result: Tensor | None = None
-    for row, weight_down in zip(rows, down, strict=True):
+    begun: Tensor | None = None  # what the last row of tiles gave beyond the band that it finished
+    for index, (row, weight_down) in enumerate(zip(rows, down, strict=True)):
+        band: Tensor | None = None
         for column, weight_across in zip(columns, across, strict=True):
             part = x[..., row * shrink : (row + cells) * shrink, column * shrink : (column + cells) * shrink]
             out = function(part)
-            if result is None:
-                result = out.new_zeros(*out.shape[:2], height * grow, width * grow, dtype=torch.float32)
-            area = result[..., row * grow : (row + cells) * grow, column * grow : (column + cells) * grow]
-            area += out * (weight_down[:, None] * weight_across)
-    assert result is not None, "there is one tile at least"
-    return result.to(out.dtype)
+            if band is None:
+                band = out.new_zeros(*out.shape[:3], width * grow, dtype=torch.float32)
+                if begun is not None:
+                    band[..., : begun.shape[2], :] = begun
+            band[..., column * grow : (column + cells) * grow] += out * (weight_down[:, None] * weight_across)
+        assert band is not None, "there is one tile at least"
+        done = band.shape[2] if index == len(rows) - 1 else (rows[index + 1] - row) * grow
+        begun = band[..., done:, :].clone()
+        yield band[..., :done, :].to(out.dtype)
 
 
 def starts(size: int, cells: int, overlap: int) -> list[int]:

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sfumato.families import Model
+from sfumato.images import to_uint8
 from sfumato.models import tiling
 from sfumato.models.autoencoder import Autoencoder
 
@@ -38,6 +40,28 @@ def decode(latents: Tensor, last_sigma: float, model: Model, max_pictures: int =
             decoded[index] = _decode_wider(model, part[index : index + 1], start + index, tile)[0]
         images[start : start + max_pictures] = decoded
     return images
+
+
+@torch.inference_mode()
+def decode_pixels(
+    latents: Tensor, last_sigma: float, model: Model, max_pictures: int = 4, tile: int | None = None
+) -> np.ndarray:
+    """What `decode` gives as pictures (B, H, W, 3) uint8; in tiles, never a whole one of them in floats."""
+    if tile is None:
+        return to_uint8(decode(latents, last_sigma, model, max_pictures))
+    _check_finite(latents, model.dtype)
+    z = latents.float() * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
+    factor = model.autoencoder.config.factor
+    pictures = np.empty((len(z), z.shape[2] * factor, z.shape[3] * factor, 3), dtype=np.uint8)
+    for index in range(len(z)):
+        part, top = z[index : index + 1].to(model.dtype, memory_format=torch.channels_last), 0
+        for band in tiling.decode_bands(model.autoencoder, part, tile):
+            if not band.isfinite().all():  # in a wider format all of it, so that it is of one make
+                pictures[index] = to_uint8(_decode_wider(model, z[index : index + 1], index, tile))[0]
+                break
+            pictures[index, top : top + band.shape[2]] = to_uint8(band)[0]
+            top += band.shape[2]
+    return pictures
 
 
 def finite(x: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sfumato.families import Model
-from sfumato.images import UPSCALERS, Picture, from_uint8, mask_of, read_picture, resize, to_uint8
+from sfumato.images import UPSCALERS, Picture, mask_of, read_picture, resize
 from sfumato.models.layers import wrapped
-from sfumato.tasks.decoding import decode
+from sfumato.tasks.decoding import decode_pixels
 from sfumato.tasks.encoding import encode
 from sfumato.tasks.scenes import Drawn, seamless_of
 from sfumato.types import Job
@@ -69,18 +70,17 @@ class Studio:
 
     def encode(self, pixels: np.ndarray, job: Job, draw: Draw | None = None) -> Tensor:
         """(B, H, W, 3) uint8 -> latents (B, C, h, w): the posterior's mean, or a sample with the noise of `draw`."""
-        return self.encode_images(from_uint8(pixels), job, draw)
+        return self.encode_images(torch.from_numpy(pixels).permute(0, 3, 1, 2), job, draw)
 
     def encode_images(self, images: Tensor, job: Job, draw: Draw | None = None) -> Tensor:
-        """The same of images (B, 3, H, W) in [-1, 1]."""
+        """The same of images (B, 3, H, W), uint8 or in [-1, 1]."""
         with wrapped(self.model.autoencoder, seamless_of(job)):
             return encode(images, self.model, job.tile or self.tile, draw)
 
     def decode(self, drawn: Drawn, job: Job) -> np.ndarray:
         """Latents -> pictures (B, H, W, 3) uint8."""
         with wrapped(self.model.autoencoder, seamless_of(job)):
-            images = decode(drawn.latents, drawn.last, self.model, self.max_pictures, job.tile or self.tile)
-        return to_uint8(images)
+            return decode_pixels(drawn.latents, drawn.last, self.model, self.max_pictures, job.tile or self.tile)
 
     def enlarged(self, pixels: np.ndarray, width: int, height: int, upscaler: str) -> np.ndarray:
         """Pictures (B, H, W, 3) uint8 at another size, by one of UPSCALERS, or a network: its file or packaged name."""

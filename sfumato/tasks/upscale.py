@@ -5,7 +5,6 @@ Memory does not grow with the picture: what is drawn at once is a tile. Letters:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +17,9 @@ from sfumato.images import from_uint8
 from sfumato.images.fitting import fitted
 from sfumato.models.tiling import ramps, starts
 from sfumato.tasks.canvas import Canvas, flat
+from sfumato.tasks.profiles import find_profile
 from sfumato.tasks.redraw import levels_of, redraw_on
-from sfumato.tasks.scenes import Scene, Task, noise_of, overlap_of, sigmas_of
+from sfumato.tasks.scenes import OneGenerator, Scene, Task, has_one_generator, noise_of, overlap_of, sigmas_of
 from sfumato.tasks.studio import Studio
 from sfumato.types import Job
 
@@ -55,33 +55,40 @@ def _redrawn(large: np.ndarray, job: Job, studio: Studio) -> Task:
     rows, columns = (-(-side // factor) * factor for side in ground.shape[:2])
     ground = fitted(ground, columns, rows, "keep")
     noise = noise_of(replace(job, height=rows, width=columns, noise_width=None, noise_height=None), model)()
-    result = np.zeros((job.count, *ground.shape), dtype=np.float32)
-    tiles = list(_tiles(ground.shape[:2], (height, width), overlap_of(job), factor))
-    for number, (top, left, weight) in enumerate(tiles):
-        area = (slice(top, top + height), slice(left, left + width))
-        down, across = (slice(part.start // factor, part.stop // factor) for part in area)
-        first = noise[..., down, across]
-        one = replace(job, upscale=None, resize="stretch", tile=None, overlap=None)
-        canvas = Canvas(ground[area], None, lambda drawn: drawn)
-        later = (len(tiles) - 1 - number) * max(0, len(levels_of(one, model).sigmas) - 1)
-        drawn = yield from redraw_on(canvas, one, studio, noise=_Cut(first, noise_of(one, model)), later=later)
-        result[(slice(None), *area)] += drawn * weight[..., None]
-    return np.round(result).clip(0, 255).astype(np.uint8)[:, :tall, :wide]
+    result = np.empty((job.count, *ground.shape), dtype=np.uint8)
+    rows_of_tiles = _tiles(ground.shape[:2], (height, width), overlap_of(job), factor)
+    one = replace(job, upscale=None, resize="stretch", tile=None, overlap=None)
+    steps = max(0, len(levels_of(one, model).sigmas) - 1)
+    left_over = sum(len(row) for row in rows_of_tiles)
+    band = np.zeros((job.count, height, columns, 3), dtype=np.float32)
+    for index, row in enumerate(rows_of_tiles):
+        for top, left, weight in row:
+            left_over -= 1
+            area = (slice(top, top + height), slice(left, left + width))
+            down, across = (slice(part.start // factor, part.stop // factor) for part in area)
+            cut = _Cut(noise[..., down, across], noise_of(one, model))
+            canvas = Canvas(ground[area], None, lambda drawn: drawn)
+            drawn = yield from redraw_on(canvas, one, studio, noise=cut, later=left_over * steps)
+            band[:, :, left : left + width] += drawn * weight[..., None]
+        top = row[0][0]
+        done = height if index == len(rows_of_tiles) - 1 else rows_of_tiles[index + 1][0][0] - top
+        result[:, top : top + done] = np.round(band[:, :done]).clip(0, 255)
+        band[:, : height - done] = band[:, done:].copy()  # what the next row of tiles goes on from
+        band[:, height - done :] = 0
+    return result[:, :tall, :wide]
 
 
 def _tiles(
     size: tuple[int, int], tile: tuple[int, int], overlap: int, factor: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(top, left, weights) of tiles, in pixels but on latent cells, that cover (height, width); weights sum to 1."""
+) -> list[list[tuple[int, int, np.ndarray]]]:
+    """Rows of tiles that cover (height, width): (top, left, weights) in pixels, on latent cells; weights sum to 1."""
     sides = []
     for length, side in zip(size, tile, strict=True):
         cells = side // factor
         places = starts(length // factor, cells, min(max(1, overlap // factor), cells // 2))
         fades = ramps(places, cells, factor, torch.device("cpu"))
         sides.append([(place * factor, fade.numpy()) for place, fade in zip(places, fades, strict=True)])
-    for top, down in sides[0]:
-        for left, across in sides[1]:
-            yield top, left, down[:, None] * across
+    return [[(top, left, down[:, None] * across) for left, across in sides[1]] for top, down in sides[0]]
 
 
 class _Cut:
@@ -112,9 +119,13 @@ def _by_latents(pixels: np.ndarray, job: Job, studio: Studio) -> Task:
     small = fitted(pixels, -(-wide // step) * step, -(-tall // step) * step, "keep")
     one = replace(job, height=small.shape[0] * X4, width=small.shape[1] * X4)
     low = from_uint8(small[None]).to(model.device)
-    noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(job.seed)).to(model.device)
+    noise = noise_of(one, model) if has_one_generator(one, model) and find_profile(job.like).sampled else None
+    if isinstance(noise, OneGenerator):  # diffusers draws both from one generator, this first
+        over = noise.aside(tuple(low.shape))
+    else:
+        over = torch.randn(low.shape, generator=torch.Generator().manual_seed(job.seed)).to(model.device)
     level = torch.tensor([LOW_RES_LEVEL], device=model.device)
-    noisy, sigma = NoiseSchedule(LOW_RES).add_noise(low, noise, level)
+    noisy, sigma = NoiseSchedule(LOW_RES).add_noise(low, over, level)
     seen = noisy * (1 + sigma.reshape(-1, 1, 1, 1) ** 2).rsqrt()
-    drawn = yield Scene(one, sigmas_of(one, model), concat=seen, label=LOW_RES_LEVEL)
+    drawn = yield Scene(one, sigmas_of(one, model), concat=seen, label=LOW_RES_LEVEL, noise=noise)
     return studio.decode(drawn, one)[:, : tall * X4, : wide * X4]
