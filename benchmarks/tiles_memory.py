@@ -1,4 +1,4 @@
-"""Peak memory as the picture grows: img2img and decoding whole, in tiles, and "SD upscale", each in a process of its own.
+"""Peak memory as the picture grows: img2img whole, in tiles, and "SD upscale", each in a process of its own.
 
     python benchmarks/tiles_memory.py [--sizes 512 1024 2048 4096] [--ckpt PATH] [--tile 256]
 

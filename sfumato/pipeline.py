@@ -196,7 +196,7 @@ class Pipeline:
         began = time.perf_counter()
         shelf = Pictures(pictures)
         jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
-        check_memory(jobs, self.model, self.tile)
+        check_memory(jobs, self.model, shelf, self.tile)
         studio = Studio(self.model, shelf, self.tile, self.max_pictures, self._upscalers)
         images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, observe))
         seconds = time.perf_counter() - began

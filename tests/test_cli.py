@@ -293,11 +293,11 @@ def test_full_disk_leaves_no_half_file(tiny_checkpoint, tmp_path, capsys, monkey
 def test_ctrl_c_keeps_finished_pictures(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     original, calls = Pipeline.draw, []
 
-    def interrupted(self, job, progress=None):
+    def interrupted(self, job, *args, **more):
         calls.append(job)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, job, progress)
+        return original(self, job, *args, **more)
 
     monkeypatch.setattr(Pipeline, "draw", interrupted)
     assert draw(tiny_checkpoint, tmp_path, "--prompt", "x", "--n_iter", "5") == 130

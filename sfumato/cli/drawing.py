@@ -21,7 +21,8 @@ from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Family
 from sfumato.pipeline import Pipeline
-from sfumato.tasks.checks import MAX_COUNT, complete
+from sfumato.tasks.canvas import read_free
+from sfumato.tasks.checks import MAX_COUNT, RANGES, complete, require_number
 from sfumato.tasks.studio import Pictures
 from sfumato.types import Job
 
@@ -41,7 +42,7 @@ class Style:
     """A command: its name, and the defaults in which it differs from others; None is the family's own.
 
     `takes_image`: there are pictures to begin from. `without` are fields of a Job that it has no flags for, `check` is
-    asked about each job before anything is loaded.
+    asked about each job before anything is loaded, `suited` fits it to the family of the model that was.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Style:
     takes_image: bool = False
     without: tuple[str, ...] = ()
     check: Callable[[Job], Job] | None = None
+    suited: Callable[[Job, Family], Job] | None = None
 
     @property
     def outdir(self) -> str:
@@ -171,6 +173,9 @@ def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
         jobs = [replace(job, image=image, mask=mask) for image, mask in begun for job in jobs]
         if args.style.check is not None:
             jobs = [args.style.check(job) for job in jobs]
+        if args.style.takes_image:
+            for job in jobs:
+                _check_loopback(args, job)
         yield [drawn for job in jobs for drawn in texts.jobs(job)]
         if not args.fixed_code:
             seed += len(prompts) if args.from_file else args.n_samples
@@ -180,6 +185,9 @@ def images_of(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Every picture that --image names, with its mask; ValueError where there is none, or no mask of one."""
     if not args.images:
         raise ValueError("image: say what to begin from with --image PATH")
+    for field, name in [*(("image", name) for name in args.images), ("mask", getattr(args, "mask", None))]:
+        if name == "":
+            raise ValueError(f"{field}='': the path of a picture is needed")
     found = []
     for name in args.images:
         paths = pictures_in(Path(name)) if Path(name).is_dir() else [Path(name)]
@@ -208,7 +216,9 @@ def _mask_beside(path: Path, folder: Path) -> Path:
             mask = folder / f"{stem}{suffix}"
             if mask.is_file() and mask.resolve() != path.resolve():
                 return mask
-    raise ValueError(f"mask={str(folder)!r}: it holds no mask of {path.name} ({path.stem}_mask.png)")
+    raise ValueError(
+        f"mask={str(folder)!r}: it holds no mask of {path.name}, which would be {path.stem}_mask.png or {path.stem}.png"
+    )
 
 
 def _check_family(args: argparse.Namespace, family: Family) -> None:
@@ -218,6 +228,25 @@ def _check_family(args: argparse.Namespace, family: Family) -> None:
     ):
         if given is not None and given != actual:
             raise ValueError(f"{flag}={given}: the model {family.name} has {actual}")
+
+
+def _check_loopback(args: argparse.Namespace, job: Job) -> None:
+    """ValueError where a job cannot be drawn again and again as --loopback asks."""
+    last = args.loopback_strength
+    if args.loopback == 1:
+        if last is not None:
+            raise ValueError(f"loopback_strength={last:g}: it is drawn once; --loopback says how many times")
+        return
+    if args.skip_save:
+        raise ValueError("loopback: each time begins from a saved picture; it does not go with --skip_save")
+    if last is not None:
+        require_number("loopback_strength", last, RANGES["strength"])
+        if job.strength is None:
+            raise ValueError(f"loopback_strength={last:g}: --strength is needed too, the first time's")
+    if job.from_alpha and job.mask is None:
+        raise ValueError("loopback: what was drawn is nowhere transparent, so a mask is needed")
+    if job.mask is not None and job.resize in ("crop", "fill"):
+        raise ValueError(f"resize={job.resize!r}: of a mask and --loopback, stretch or keep is needed")
 
 
 def looped(
@@ -234,8 +263,6 @@ def looped(
                 seeing.save(result, index, saver.picture(result, index))
             yield image
         return
-    if args.skip_save:
-        raise ValueError("loopback: each time begins from a saved picture; it does not go with --skip_save")
     last = job.strength if args.loopback_strength is None else args.loopback_strength
     for seed in range(job.seed, job.seed + job.count):
         one = replace(job, seed=seed, count=1)
@@ -246,7 +273,22 @@ def looped(
             path = saver.picture(result, 0)
             seeing.save(result, 0, path)
             yield result.images[0]
-            one = replace(one, image=str(path), seed=one.seed + job.count)
+            # the picture has the job's size now, which its mask need not have
+            one = replace(one, image=str(path), seed=one.seed + job.count, mask_resize=job.mask is not None)
+
+
+def check_all(jobs: Sequence[Job], family: Family, seeing: Seeing) -> None:
+    """ValueError where one of many jobs, or a picture that it names, is wrong: told before the first is drawn."""
+    pictures = Pictures()
+    held: tuple[str | None, str | None] = (None, None)  # of a folder, no more than one picture
+    for job in jobs:
+        names = (job.image, job.mask)
+        if is_new := names != held:
+            pictures, held = Pictures(), names
+        seeing.check(job, pictures)
+        complete(job, family, pictures.size(job))
+        if is_new and job.image is not None:
+            read_free(job, pictures.picture(job.image, "image"), pictures)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -259,14 +301,14 @@ def run(args: argparse.Namespace) -> int:
         log.info("config %s is not read: the model's shape is in the checkpoint", args.config)
     pipeline = load(args, args.device, args.precision)
     saver = Saver(Path(outdir))
-    model, pictures = pipeline.model, Pictures()
+    model = pipeline.model
     _check_family(args, model.family)
     seeing = Seeing(args, model)
-    for job in (job for jobs in iterations for job in jobs):
-        seeing.check(job, pictures)
-        complete(job, model.family, pictures.size(job))
+    if (suited := args.style.suited) is not None:
+        iterations = [[suited(job, model.family) for job in jobs] for jobs in iterations]
+    check_all([job for jobs in iterations for job in jobs], model.family, seeing)
     log.info("%s on %s in %s", model.name, model.device, model.precision)
-    if not all(job.prompt for jobs in iterations for job in jobs):
+    if any(not job.prompt and (job.upscale is None or job.strength) for jobs in iterations for job in jobs):
         log.info("the prompt is empty: drawing unconditionally")
     images: list[np.ndarray] = []
     try:

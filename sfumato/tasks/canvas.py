@@ -20,6 +20,7 @@ from sfumato.tasks.studio import Pictures
 from sfumato.types import Job
 
 PAPER = 255  # what is behind a picture with transparent parts, as A1111's
+OF_A_MASK = ("mask_invert", "mask_resize", "mask_soft", "only_masked")  # fields that are for nothing without one
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,25 @@ def mask_size_error(mask: np.ndarray, picture: np.ndarray, name: str) -> ValueEr
     (tall, wide), (height, width) = mask.shape, picture.shape[:2]
     return ValueError(
         f"mask={name!r}: {wide} x {tall} px, the image has {width} x {height}; the same size is needed"
-        " (mask_resize stretches it)"
+        " (--mask-resize, mask_resize=True, stretches it)"
     )
 
 
 def read_free(job: Job, picture: Picture, pictures: Pictures) -> np.ndarray | None:
     """What of a job's picture is to be drawn, (H, W) float32: its mask, or what is transparent where it has none.
 
-    ValueError for a mask of another size, and where nothing is to be drawn.
+    ValueError for a mask of another size, where nothing is to be drawn, and for what is said of a mask that is missing.
     """
     if job.mask is None:
         if not job.from_alpha:
+            for name in OF_A_MASK:
+                if getattr(job, name):
+                    raise ValueError(f"{name}=True: there is no mask; one is needed for that")
             return None
         if picture.alpha is None:
-            raise ValueError(f"mask=None: {job.image!r} is nowhere transparent; a mask must say what to draw")
+            raise ValueError(
+                f"mask=None: {job.image!r} is nowhere transparent, so a mask must say what to draw: white where it is"
+            )
         mask = 1 - picture.alpha.astype(np.float32) / 255
     else:
         mask = pictures.mask(job.mask)
@@ -69,12 +75,24 @@ def read_free(job: Job, picture: Picture, pictures: Pictures) -> np.ndarray | No
             mask = fitted(mask, picture.pixels.shape[1], picture.pixels.shape[0], "stretch", "bilinear")
     if job.mask_invert:
         mask = 1 - mask
-    if not job.mask_soft:
-        mask = (mask >= 0.5).astype(np.float32)
-    if not mask.any():
-        colour, where = ("white", "inverted, ") if job.mask_invert else ("black", "")
-        raise ValueError(f"mask={job.mask!r}: {where}it is {colour} all over, so there is nothing to draw")
-    return mask
+    free = mask if job.mask_soft else (mask >= 0.5).astype(np.float32)
+    if not free.any():
+        raise _nothing_to_draw(job, greys=bool(mask.any()))
+    return free
+
+
+def _nothing_to_draw(job: Job, *, greys: bool) -> ValueError:
+    """What to say where a mask leaves nothing; there are `greys` in it that are too weak to count."""
+    where = f"image={job.image!r}" if job.mask is None else f"mask={job.mask!r}"
+    if job.mask is None:
+        what = "nowhere more than half transparent" if greys else "nowhere transparent"
+        what = "transparent all over, which mask_invert turns round" if job.mask_invert and not greys else what
+    elif greys:
+        side = "darker" if job.mask_invert else "brighter"
+        what = f"nowhere {side} than half grey; mask_soft takes greys in part"
+    else:
+        what = "white all over, which mask_invert turns to black" if job.mask_invert else "black all over"
+    return ValueError(f"{where}: it is {what}, so there is nothing to draw")
 
 
 def blurs(job: Job, family: Family) -> tuple[float, float]:
@@ -93,8 +111,10 @@ def softened(mask: np.ndarray, job: Job, family: Family) -> np.ndarray:
 
 
 def canvas_of(job: Job, family: Family, pictures: Pictures) -> Canvas:
-    """The canvas of a complete job that has an image. ValueError where its pictures do not fit each other."""
+    """The canvas of a complete job that has an image. ValueError where its pictures do not fit each other or it."""
     assert job.image is not None
+    if job.depth is not None and family.concat != "depth":
+        raise ValueError(f"depth={job.depth!r}: the model ({family.name}) sees no depth; a depth model is needed")
     picture = pictures.picture(job.image, "image")
     return canvas_over(flat(picture), read_free(job, picture, pictures), job, family)
 
@@ -102,7 +122,7 @@ def canvas_of(job: Job, family: Family, pictures: Pictures) -> Canvas:
 def canvas_over(pixels: np.ndarray, free: np.ndarray | None, job: Job, family: Family) -> Canvas:
     """The canvas of a complete job over these pixels, of which `free` (H, W) is to be drawn (None: all)."""
     if free is None:
-        return _whole(pixels, job)
+        return _whole(pixels, job, family)
     if job.only_masked:
         return _crop(pixels, free, job, family)
     height, width = size_of(job)
@@ -121,8 +141,11 @@ def canvas_over(pixels: np.ndarray, free: np.ndarray | None, job: Job, family: F
     return Canvas(_begun(ground, mask, job), np.maximum(mask, weight), finished)
 
 
-def _whole(pixels: np.ndarray, job: Job) -> Canvas:
+def _whole(pixels: np.ndarray, job: Job, family: Family) -> Canvas:
     height, width = size_of(job)
+    if job.resize == "latent" and family.concat in (None, "depth"):  # redraw stretches what becomes of these pixels
+        factor = family.autoencoder.factor
+        height, width = (max(1, side // factor) * factor for side in pixels.shape[:2])
     tall, wide = pixels.shape[:2]
 
     def finished(drawn: np.ndarray) -> np.ndarray:

@@ -169,6 +169,8 @@ def _complete_picture(job: Job, family: Family, size: tuple[int, int] | None) ->
         raise ValueError("hires: a second pass is for pictures from words; an image is enlarged with upscale")
     if size is None:
         raise ValueError(f"image={job.image!r}: its size is not known")
+    if job.image_guidance is not None and family.concat != "picture":
+        raise ValueError(f"image_guidance={job.image_guidance}: {family.name} is told of no picture beside the noise")
     outpaints = any(getattr(job, side) for side in SIDES)
     job = replace(job, fill=job.fill or ("noise" if outpaints else "original"))
     picture_size = find_profile(job.like).picture_size
@@ -179,6 +181,11 @@ def _complete_picture(job: Job, family: Family, size: tuple[int, int] | None) ->
     elif job.width is None and job.height is None:
         keeps = picture_size == "keep" and job.resize in (None, "keep")
         usual = (_to_step(size[0], family.size_step, up=keeps), _to_step(size[1], family.size_step, up=keeps))
+        if max(usual) > MAX_SIDE:
+            raise ValueError(
+                f"image={job.image!r}: {size[1]} x {size[0]} px, and {MAX_SIDE} a side are drawn at most;"
+                " width and height draw it smaller"
+            )
         job = replace(job, resize="keep" if keeps else job.resize)
     else:
         usual = _of_same_shape(job, size, family.size_step)

@@ -47,7 +47,7 @@ def concat_of(canvas: Canvas, job: Job, studio: Studio, draw: Draw | None) -> Te
         return _depth(canvas, job, studio)
     if family.concat == "picture":  # InstructPix2Pix: the posterior's mean, not brought to diffusion's scale
         return studio.encode(canvas.pixels[None], job) / family.latent_scale
-    raise ValueError(f"ckpt: {studio.model.name!r} ({family.name}) enlarges pictures: `upscale`")
+    raise ValueError(f"ckpt: {studio.model.name!r} ({family.name}) only enlarges pictures (sfumato upscale)")
 
 
 def _inpaint(canvas: Canvas, job: Job, studio: Studio, draw: Draw | None) -> Tensor | None:
@@ -78,6 +78,6 @@ def _depth(canvas: Canvas, job: Job, studio: Studio) -> Tensor:
         align_corners=False,
     )  # fmt: skip
     low, high = small.amin(), small.amax()
-    if high == low:
+    if high - low < 1e-4:  # bicubic rounding apart
         raise ValueError(f"depth={job.depth!r}: it is the same everywhere, so it says nothing")
     return (2 * (small - low) / (high - low) - 1).to(studio.model.device)

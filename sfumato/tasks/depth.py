@@ -24,14 +24,18 @@ MEAN, STD = 0.5, 0.5
 def depth_of(pixels: np.ndarray, job: Job, studio: Studio) -> np.ndarray:
     """The depth of a canvas (H, W, 3) uint8: float32, of the map's own size where a map is given, else (H, W).
 
-    `job.depth` names a picture, whose luminance is the depth, or a network's .onnx file. ValueError without one.
+    `job.depth` names a picture, whose luminance is the depth, or a network's .onnx file. ValueError without one, and
+    where it is flat.
     """
     if job.depth is None:
         name = studio.model.name
         raise ValueError(f"depth=None: {name!r} wants a depth map of the image, or an .onnx file of a depth network")
     if Path(job.depth).suffix.lower() == ".onnx":
         return estimated(pixels, job.depth)
-    return studio.pictures.mask(job.depth, "depth")
+    found = studio.pictures.mask(job.depth, "depth")
+    if found.min() == found.max():
+        raise ValueError(f"depth={job.depth!r}: it is the same grey everywhere, so it says nothing")
+    return found
 
 
 def estimated(pixels: np.ndarray, path: str) -> np.ndarray:
@@ -55,12 +59,12 @@ def estimated(pixels: np.ndarray, path: str) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _session(path: str) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"depth={path!r}: no such file")
     try:
         import onnxruntime
     except ImportError as error:
         raise ValueError(f"depth={path!r}: an .onnx file needs onnxruntime (pip install onnxruntime)") from error
-    if not Path(path).is_file():
-        raise ValueError(f"depth={path!r}: no such file")
     try:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no base class

@@ -32,6 +32,8 @@ def outpaint(job: Job, studio: Studio) -> Task:
     assert job.image is not None
     picture = flat(studio.pictures.picture(job.image, "image"))
     family = studio.model.family
+    if family.concat == "depth":
+        raise ValueError(f"ckpt: {studio.model.name!r} wants a depth map of ground that is not drawn yet")
     sides = [getattr(job, side) for side in SIDES]
     turns = list(_turns(picture.shape[:2], sides, family))
     strength = STRENGTH if job.strength is None and family.concat is None else job.strength
@@ -57,10 +59,12 @@ def _turns(size: tuple[int, int], sides: list[int], family: Family) -> Iterator[
 def _pass(picture: np.ndarray, side: str, pixels: int, one: Job, job: Job, studio: Studio, later: int) -> Task:
     """A picture (H, W, 3) with `pixels` more at one side."""
     family = studio.model.family
-    canvas, weight = extended(
-        picture, *(pixels if name == side else 0 for name in SIDES), blur=_blur(job, family),
-        fill=FILLS[str(job.fill)], falloff=job.falloff, colour_variation=job.colour_variation,
-        rng=np.random.default_rng(0),
+    sides = [pixels if name == side else 0 for name in SIDES]
+    noise = np.random.default_rng(0)
+    canvas, weight = extended(picture, *sides, blur=_blur(job, family), fill="mirror", rng=noise)
+    begun, _ = extended(
+        picture, *sides, blur=_blur(job, family), fill=FILLS[str(job.fill)], falloff=job.falloff,
+        colour_variation=job.colour_variation, rng=noise,
     )  # fmt: skip
     area = _window(canvas.shape[:2], side, pixels, family)
     ground, free = canvas[area], (weight[area] > 0).astype(np.float32)
@@ -71,7 +75,7 @@ def _pass(picture: np.ndarray, side: str, pixels: int, one: Job, job: Job, studi
         even = without_step(ground, drawn[0, :tall, :wide], free, family.size * REACH)
         return laid_on(ground, even, weight[area])[None]
 
-    inner = Canvas(fitted(ground, width, height, "keep"), fitted(free, width, height, "keep"), finished)
+    inner = Canvas(fitted(begun[area], width, height, "keep"), fitted(free, width, height, "keep"), finished)
     canvas[area] = (yield from redraw_on(inner, replace(one, width=width, height=height), studio, later=later))[0]
     return canvas
 

@@ -22,8 +22,9 @@ class Profile:
     Of drawing over a picture: `strength` is the usual one and `strength_rule` how steps follow from it (redraw.RULES);
     `picture_size` is that of a job which says none: the picture's own ("keep"), rounded down ("floor") or the model's
     ("native"); `sampled`: latents are a sample of the autoencoder's posterior. `mask_blur` (px; None: a quarter of a
-    latent cell) stays inside the mask where it is `mask_inward`. `noise_at_full`: at strength 1 a masked picture begins
-    from noise alone; `blends_inpainting`: the picture is kept around the mask also by models that see it.
+    latent cell) stays inside the mask where it is `mask_inward`. `noise_at_full`: a masked picture is begun at strength
+    1, from noise alone, and the first noise is shown around the mask at every level; `blends_inpainting`: the picture
+    is kept around the mask also by models that see it.
     """
 
     name: str

@@ -17,12 +17,23 @@ from torch import Tensor
 
 from sfumato.diffusion.noise import Noise
 from sfumato.diffusion.samplers import Steps
-from sfumato.diffusion.samplers.masked import hard, masked, soft
+from sfumato.diffusion.samplers.masked import ended, hard, masked, renoised, soft
 from sfumato.families import Model
 from sfumato.tasks.canvas import Canvas, canvas_of
 from sfumato.tasks.conditions import concat_of
 from sfumato.tasks.profiles import find_profile
-from sfumato.tasks.scenes import Drawn, OneGenerator, Scene, Task, Wrap, noise_of, rows_of, sigmas_of, size_of
+from sfumato.tasks.scenes import (
+    Drawn,
+    OneGenerator,
+    Scene,
+    Task,
+    Wrap,
+    latent_shape,
+    noise_of,
+    rows_of,
+    sigmas_of,
+    size_of,
+)
 from sfumato.tasks.studio import Draw, Studio
 from sfumato.types import Job
 
@@ -71,10 +82,16 @@ class Levels:
 
 
 def strength_of(job: Job, model: Model) -> float:
-    """A complete job's strength; models that see the picture beside x begin from noise unless told otherwise."""
+    """A complete job's strength; models that see the picture beside x begin from noise unless told otherwise.
+
+    So does, like diffusers, what a mask frees.
+    """
+    profile = find_profile(job.like)
     if job.strength is not None:
         return job.strength
-    return 1.0 if model.family.concat in ("inpaint", "picture") else find_profile(job.like).strength
+    if job.mask is not None and profile.noise_at_full:
+        return 1.0  # of diffusers' inpainting pipeline; XL's says 0.9999, a step less
+    return 1.0 if model.family.concat in ("inpaint", "picture") else profile.strength
 
 
 def levels_of(job: Job, model: Model) -> Levels:
@@ -126,24 +143,31 @@ def redraw_on(canvas: Canvas, job: Job, studio: Studio, noise: Noise | None = No
     if find_profile(job.like).sampled and noise is None:
         noise = noise_of(job, model, levels.sigmas or None)
         draw = noise.aside if isinstance(noise, OneGenerator) else None
-    clean = _clean(canvas, job, studio, draw)
     if not levels.sigmas:
-        return canvas.finished(studio.decode(Drawn(clean.expand(job.count, -1, -1, -1), 0.0), job))
-    if draw is not None and noise is not None:
-        noise = Begun(noise)
+        every = _clean(canvas, job, studio, draw).expand(job.count, -1, -1, -1)
+        return canvas.finished(studio.decode(Drawn(every, 0.0), job))
+    free = None if canvas.mask is None else latent_mask(canvas.mask, model, job)
+    keeps, from_noise = free is not None and not _sees_the_mask(job, model), _from_noise_alone(job, model)
+    # latents that nothing is made of are not sampled either: what is drawn after them is other noise then
+    clean = None if from_noise and not keeps else _clean(canvas, job, studio, draw)
+    begun = None if noise is None else Begun(noise)
     concat = concat_of(canvas, job, studio, draw)
-    free = None if canvas.mask is None else latent_mask(canvas.mask, model, job.mask_soft)
-    if free is not None and job.fill in ("noise", "nothing"):
-        clean = _filled(clean, free, job, model)
-    from_noise = _from_noise_alone(job, model, levels)
+    wrap: Wrap | None = None
+    if clean is not None and free is not None:
+        if job.fill in ("noise", "nothing"):
+            clean = _filled(clean, free, job, model)
+        if keeps:
+            wrap = _keeping(clean, free, job, levels.sigmas, None if begun is None else begun.first)
+        if draw is not None and concat is None:
+            draw(latent_shape(job, model))  # diffusers samples the masked picture too, and has no use for it
     drawn = yield Scene(
         job,
         levels.sigmas,
-        clean=None if from_noise else clean * levels.shrink,
+        clean=None if from_noise or clean is None else clean * levels.shrink,
         scale=None if from_noise else levels.scale,
         concat=concat,
-        wrap=None if free is None or _sees_the_mask(job, model) else _keeping(clean, free, job, levels.sigmas),
-        noise=noise,
+        wrap=wrap,
+        noise=begun,
         later=later,
     )
     return canvas.finished(studio.decode(drawn, job))
@@ -159,7 +183,7 @@ def _clean(canvas: Canvas, job: Job, studio: Studio, draw: Draw | None) -> Tenso
     return latents
 
 
-def _from_noise_alone(job: Job, model: Model, levels: Levels) -> bool:
+def _from_noise_alone(job: Job, model: Model) -> bool:
     """Whether nothing of the picture is in x: at full strength, models that see it, and masks in diffusers."""
     if strength_of(job, model) < 1 or job.noise_multiplier != 1:
         return False
@@ -173,19 +197,34 @@ def _sees_the_mask(job: Job, model: Model) -> bool:
     return model.family.concat == "inpaint" and not find_profile(job.like).blends_inpainting
 
 
-def latent_mask(mask: np.ndarray, model: Model, graded: bool) -> Tensor:
-    """A mask (H, W) of pixels -> (1, 1, h, w): a cell is free where any pixel is, or graded by its freest."""
+def latent_mask(mask: np.ndarray, model: Model, job: Job) -> Tensor:
+    """A complete job's mask (H, W) of pixels -> (1, 1, h, w): a cell is free where any pixel is, or as its freest.
+
+    Of a mask that was given, like diffusers, a cell is what its first pixel is.
+    """
+    factor = model.family.autoencoder.factor
     found = torch.from_numpy(np.ascontiguousarray(mask))[None, None]
-    found = F.max_pool2d(found, model.family.autoencoder.factor)
-    return (found if graded else (found > 0).float()).to(model.device)
+    if _renoises(job) and job.mask is not None:
+        return (found[..., ::factor, ::factor] > 0).float().to(model.device)
+    found = F.max_pool2d(found, factor)
+    return (found if job.mask_soft else (found > 0).float()).to(model.device)
 
 
-def _keeping(clean: Tensor, free: Tensor, job: Job, sigmas: list[float]) -> Wrap:
-    """The wrapper that keeps the picture where it is not free."""
+def _renoises(job: Job) -> bool:
+    """Whether what is kept gets the first noise again at every level, as diffusers does it."""
+    return find_profile(job.like).noise_at_full and not job.mask_soft
+
+
+def _keeping(clean: Tensor, free: Tensor, job: Job, sigmas: list[float], first: Tensor | None) -> Wrap:
+    """The wrapper that keeps the picture where it is not free; `first` (B, C, h, w) is the noise begun from."""
     rule = soft(free, sigmas) if job.mask_soft else hard(free)
 
     def wrap(steps: Steps, which: slice) -> Steps:
-        return masked(steps, rows_of(clean, which), rule)
+        kept = rows_of(clean, which)
+        steps = masked(steps, kept, rule)
+        if first is not None and _renoises(job):
+            steps = renoised(steps, kept, free, rows_of(first, which) * job.noise_multiplier)
+        return ended(steps, kept, rule, sigmas[-1])
 
     return wrap
 

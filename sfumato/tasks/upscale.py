@@ -37,6 +37,8 @@ def upscale(job: Job, studio: Studio) -> Task:
         return (yield from _by_latents(pixels, job, studio))
     height, width = (max(1, round(side * job.upscale)) for side in pixels.shape[:2])
     large = studio.enlarged(pixels[None], width, height, job.upscaler or "lanczos")[0]
+    if job.strength and studio.model.family.concat == "depth":
+        raise ValueError(f"ckpt: {studio.model.name!r} wants a depth map of every tile; another model draws them over")
     if not job.strength:
         return np.repeat(large[None], job.count, axis=0)
     return (yield from _redrawn(large, job, studio))

@@ -59,3 +59,32 @@ def soft(mask: Tensor, sigmas: list[float]) -> Free:
         return ((mask > 0) & (1 - mask <= min(step, num_steps - 1) / num_steps)).to(mask.dtype)
 
     return free
+
+
+def renoised(steps: Steps, clean: Tensor, free: Tensor, noise: Tensor) -> Steps:
+    """`steps`, whose queries from the second on hold clean + sigma `noise` where nothing is free.
+
+    diffusers' inpainting pipelines write that into x after each step, also where a sampler adds fresh noise and where
+    x began from noise alone.
+    """
+    reply: Answer | None = None
+    is_first = True
+    try:
+        while True:
+            query = steps.send(reply)  # type: ignore[arg-type]
+            if not is_first:
+                query = replace(query, x=(1 - free) * (clean + query.sigma * noise) + free * query.x)
+            is_first = False
+            reply = yield query
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        steps.close()
+
+
+def ended(steps: Steps, clean: Tensor, free: Free, sigma: float) -> Steps:
+    """`steps`, of whose last x, at level `sigma`, what is kept is the picture's own latents with no noise left."""
+    x = yield from steps
+    share = free(sigma)
+    # at a last level above 0 x is decoded in variance-preserving scale
+    return (1 - share) * (1 + sigma**2) ** 0.5 * clean + share * x

@@ -252,8 +252,9 @@ def _scheduler_config(family: Family) -> Json:
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "steps_offset": 1,
-        "timestep_spacing": "trailing" if schedule.zero_terminal_snr else "leading",  # Lin et al. 2023, section 3.3
         "trained_betas": None,
         **SCHEDULER_OWN.get(name, {}),
     }
-    return config | ({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {})
+    if schedule.zero_terminal_snr:  # Lin et al. 2023, section 3.3
+        return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config | ({"timestep_spacing": "leading"} if is_xl(family) else {})  # the folders of 1.x and 2.x say nothing
