@@ -26,7 +26,9 @@ def column(values: np.ndarray) -> Tensor:
 
 
 def definition(prediction: str, abar: np.ndarray) -> Tensor:
-    """Ho et al. 2020: the noise; Salimans & Ho 2022: v = alpha eps - sigma_vp x0, with alpha^2 = abar."""
+    """Ho et al. 2020: the noise; Salimans & Ho 2022: v = alpha eps - sigma_vp x0, with alpha^2 = abar; or x0."""
+    if prediction == "sample":
+        return X0
     return NOISE if prediction == "eps" else column(abar**0.5) * NOISE - column((1 - abar) ** 0.5) * X0
 
 

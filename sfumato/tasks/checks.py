@@ -169,8 +169,6 @@ def _complete_picture(job: Job, family: Family, size: tuple[int, int] | None) ->
         raise ValueError("hires: a second pass is for pictures from words; an image is enlarged with upscale")
     if size is None:
         raise ValueError(f"image={job.image!r}: its size is not known")
-    if job.image_guidance is not None and family.concat != "picture":
-        raise ValueError(f"image_guidance={job.image_guidance}: {family.name} is told of no picture beside the noise")
     outpaints = any(getattr(job, side) for side in SIDES)
     job = replace(job, fill=job.fill or ("noise" if outpaints else "original"))
     picture_size = find_profile(job.like).picture_size
@@ -225,6 +223,8 @@ def _check_numbers(job: Job, family: Family) -> None:
         if value is not None or name in REQUIRED:
             require_number(name, value, allowed)
     _check_tiles(job, family)
+    if job.image_guidance is not None and family.concat != "picture":
+        raise ValueError(f"image_guidance={job.image_guidance}: {family.name} is told of no picture beside the noise")
     if job.guidance_start >= job.guidance_end:
         raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
     if job.guidance_high is not None and job.guidance_high <= job.guidance_low:
