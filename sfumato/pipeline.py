@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class Memory:
 
 
 class Pipeline:
-    """A loaded model ready to draw. Holds no state between calls.
+    """A loaded model ready to draw. Holds no state between calls; calls of several threads wait for each other.
 
     `max_rows` bounds the rows of a network call, `max_pictures` the pictures decoded at once; `tile` is the side of
     decoded tiles in pixels.
@@ -97,6 +98,7 @@ class Pipeline:
         self.model = model
         self.tile, self.max_pictures = tile, max_pictures
         self._upscalers: dict[str, Upscaler] = {}
+        self._busy = threading.RLock()  # networks are changed while they draw: seamless edges, wider formats
         self.engine = Engine(model, max_rows)
 
     @classmethod
@@ -150,6 +152,7 @@ class Pipeline:
         then = self.model.dtype if dtype is None else dtype
         if (there, then) != (self.model.device, self.model.dtype):
             self.model = moved(self.model, there, then)
+            self._upscalers.clear()
             self.engine = Engine(self.model, self.engine.max_rows)
         return self
 
@@ -198,7 +201,8 @@ class Pipeline:
         jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
         check_memory(jobs, self.model, shelf, self.tile)
         studio = Studio(self.model, shelf, self.tile, self.max_pictures, self._upscalers)
-        images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, observe))
+        with self._busy:
+            images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, observe))
         seconds = time.perf_counter() - began
         return [self._result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
 

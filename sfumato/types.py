@@ -95,7 +95,7 @@ class Job:
     resize: str | None = None  # how a picture of another size becomes width x height
     noise_multiplier: float = 1.0
 
-    # Of it only what the mask shows (tasks/inpaint.py): white is drawn anew.
+    # Of it only what the mask shows (tasks/canvas.py): white is drawn anew.
     mask: str | None = None
     mask_blur_x: float | None = None  # px, standard deviation
     mask_blur_y: float | None = None

@@ -14,7 +14,7 @@ import torch
 
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.families import Family
-from sfumato.images import Picture, to_uint8
+from sfumato.images import Picture, picture_from, to_uint8
 from sfumato.images.fitting import fitted
 from sfumato.images.masks import blurred
 from sfumato.pipeline import Pipeline
@@ -330,3 +330,96 @@ def test_compvis_begins_a_level_higher(pipes: Callable[[str | None], Pipeline]) 
     assert found.scale == pytest.approx(((1 - alphas[37]) / alphas[36]) ** 0.5, rel=1e-4)
     top = levels(pipes(None), like="compvis", strength=1.0, steps=50)
     assert (top.scale, top.shrink) == (top.sigmas[0], 1.0), "there is no higher level"
+
+
+# -- what a review found ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
+def test_thin_strokes_are_drawn(pipes: Callable[[str | None], Pipeline], width: int) -> None:
+    pipe, mask = pipes(None), painted(16, 16, 0, 16, 6, 6 + width)
+    source = np.full((16, 16, 3), 128, np.uint8)
+    job = {"prompt": "a", "image": source, "mask": mask, "strength": 1.0, "steps": 2, "fill": "noise"}
+    drawn = pipe(**job, mask_blur_x=2.0).images[0].astype(int)
+    whole = pipe(**job, mask_blur_x=0.0).images[0].astype(int)
+    middle = 6 + width // 2
+    assert np.array_equal(drawn[:, middle], whole[:, middle]), "the middle of a stroke is all drawn"
+    assert (drawn[:, [*range(6), *range(6 + width, 16)]] == 128).all()
+
+
+def test_depth_lies_where_the_picture_lies() -> None:
+    """A map of any size is the whole picture's; padding continues it, a crop cuts it."""
+    from sfumato.tasks.canvas import canvas_over
+
+    family = kin("depth")
+    step = family.size_step
+    ramp = np.linspace(0, 1, 18, dtype=np.float32)[None].repeat(18, 0)
+    pixels = np.zeros((18, 18, 3), np.uint8)
+    whole = complete(Job(image="x"), family, (18, 18))
+    carried = canvas_over(pixels, None, whole, family).carried(ramp[::2, ::2])
+    assert step == 4 and carried.shape == (20, 20)
+    assert np.abs(carried[:18, :18] - ramp).max() < 0.1
+    assert np.array_equal(carried[:18, 18:], carried[:18, 16:18][:, ::-1]), "mirrored as the pixels are"
+    free = painted(18, 18, 8, 11, 13, 16)[..., 0].astype(np.float32) / 255
+    part = complete(Job(image="x", mask="m", only_masked=True, padding=2, width=step, height=step), family, (18, 18))
+    crop = canvas_over(pixels, free, part, family).carried(ramp)
+    assert crop.min() > 0.5, "the crop lies at the right"
+
+
+def test_tiles_of_an_upscale_have_noise_of_their_own(pipes: Callable[[str | None], Pipeline]) -> None:
+    """What an ancestral sampler adds is neither the noise that it began from nor that of another tile."""
+    from sfumato.tasks.catalogue import task_of
+    from sfumato.tasks.scenes import Drawn
+    from sfumato.tasks.studio import Pictures, Studio
+
+    pipe, pixels = pipes(None), np.full((16, 16, 3), 90, np.uint8)
+    pictures = Pictures({"x": picture_from(pixels)})
+    job = complete(Job("a", image="x", upscale=2.0, strength=0.5, sampler="euler_a"), pipe.model.family, (16, 16))
+    task = task_of(job, Studio(pipe.model, pictures))
+    found = []
+    scene = next(task)
+    for _ in range(3):
+        assert scene.noise is not None
+        found += [scene.noise(), scene.noise()]
+        scene = task.send(Drawn(torch.zeros_like(found[-1]), 0.0))
+    assert all(not torch.equal(a, b) for index, a in enumerate(found) for b in found[:index])
+
+
+def test_threads_do_not_change_each_others_networks(pipes: Callable[[str | None], Pipeline]) -> None:
+    from threading import Thread
+
+    pipe = pipes(None)
+    plain = pipe("a beach", steps=2, seed=6).images
+    threads = [Thread(target=pipe, args=("a beach",), kwargs={"steps": 2, "seamless": "xy"}) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(pipe("a beach", steps=2, seed=6).images, plain)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"upscale": 2.0, "left": 8},
+        {"upscale": 2.0, "mask": "m"},
+        {"left": 8, "only_masked": True, "mask": "m"},
+        {"left": 8, "width": 32},
+        {"upscaler": "lanczos"},
+        {"fill": "noise"},
+        {"mask_blur_x": 3.0},
+        {"padding": 5},
+        {"falloff": 2.0},
+        {"left": 8, "seamless": "x"},
+        {"seamless": "x"},
+        {"image_guidance": 2.0},
+        {"upscale": 16.0},
+    ],
+)
+def test_what_says_nothing_is_said(pipes: Callable[[str | None], Pipeline], fields: dict) -> None:
+    pipe = pipes(None)
+    size = (6000, 6001) if fields == {"upscale": 16.0} else (18, 22)
+    with pytest.raises(ValueError, match="|".join([*fields, "image"])):
+        complete(Job("a", image="x", **fields), pipe.model.family, size)
+    with pytest.raises(ValueError, match="from_alpha"):
+        complete(Job("a", from_alpha=True), pipe.model.family)

@@ -473,3 +473,28 @@ def test_enlarging_alone_says_nothing_of_prompts(
         assert "unconditionally" in caplog.text
     assert pixels(saved(desk)[0]).shape == (2 * HIGH, 2 * WIDE, 3)
     assert np.array_equal(pixels(saved(desk)[0]), fitted(pixels(desk / "picture.png"), 2 * WIDE, 2 * HIGH, "stretch"))
+
+
+def test_replay_takes_a_source_that_was_moved(tiny_checkpoint, tmp_path, desk, capsys):
+    saved = tmp_path / "out" / "samples" / "00000.png"
+    flags = ["--ckpt", str(tiny_checkpoint), "--prompt", "x", "--steps", "2", "--outdir", str(tmp_path / "out")]
+    assert main(["img2img", "--image", str(desk / "picture.png"), *flags]) == 0
+    (desk / "picture.png").rename(desk / "elsewhere.png")
+    assert main(["replay", str(saved), "--ckpt", str(tiny_checkpoint)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    moved = ["--image", str(desk / "elsewhere.png")]
+    assert main(["replay", str(saved), *moved, "--ckpt", str(tiny_checkpoint)]) == 0
+    assert "equal: every pixel" in capsys.readouterr().out
+
+
+def test_the_memory_plan_is_for_the_image_and_not_the_models_size(tiny_checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
+    Image.new("RGB", (512, 512)).save(tmp_path / "large.png")
+    flags = ["--ckpt", str(tiny_checkpoint), "--prompt", "x", "--strength", "0", "--outdir", str(tmp_path)]
+    estimates = []
+    for more in (["--W", "16", "--H", "16"], []):
+        caplog.clear()
+        assert main(["img2img", "--image", str(tmp_path / "large.png"), *flags, *more, "--vram", "2"]) == 0
+        [line] = [text for text in caplog.messages if text.startswith("plan for")]
+        estimates.append(line)
+    assert estimates[0] != estimates[1]

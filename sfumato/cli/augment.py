@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 
 from sfumato.cli.drawing import pictures_in
-from sfumato.cli.job_flags import GROUPS, add_job_flags, job_from_flags
+from sfumato.cli.job_flags import GROUPS, Texts, add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.saving import draw_with_bar
-from sfumato.images import save_png
-from sfumato.pipeline import recipe
+from sfumato.images import read_picture, save_png
+from sfumato.pipeline import Pipeline, recipe
 
 log = logging.getLogger(__name__)
 
@@ -52,28 +52,63 @@ def run(args: argparse.Namespace) -> int:
     folder, outdir = Path(args.folder), Path(args.outdir)
     if not folder.is_dir():
         raise ValueError(f"folder={args.folder!r}: no such folder")
-    paths = pictures_in(folder)
+    if outdir.exists() and outdir.samefile(folder):
+        raise ValueError(f"outdir={args.outdir!r}: variants would be drawn of variants; another folder is needed")
+    paths, texts = pictures_in(folder), texts_from_flags(args)
+    names = [variant.name for path in paths for variant in variants(path, args.copies, outdir)]
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise ValueError(f"folder={args.folder!r}: two pictures would both become {twice}; rename one")
+    captions = {path: caption_of(path) for path in paths}
     pipeline = load(args, args.device, args.precision)
     outdir.mkdir(parents=True, exist_ok=True)
-    done = 0
+    there = broken = 0
     for path in paths:
-        caption = path.with_suffix(".txt")
-        said = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
-        for copy in range(1, args.copies + 1):
-            target = outdir / f"{path.stem}-{copy}.png"
+        try:
+            read_picture(path)
+        except ValueError as error:
+            log.warning("left out: %s", error)
+            broken += 1
+            continue
+        for target in variants(path, args.copies, outdir):
             if target.exists():
-                done += 1
+                there += 1
                 continue
-            own = random.Random(f"{args.seed} {path.stem} {copy}")  # the same whatever else is in the folder
-            job = job_from_flags(
-                args, image=str(path), seed=own.randrange(2**32), prompt=said if args.prompt is None else args.prompt,
-                strength=own.uniform(args.strength[0], args.strength[-1]),
-            )  # fmt: skip
-            result = draw_with_bar(pipeline, job)
-            save_png(target, result.images[0], recipe(result, 0))
-            if caption.is_file():
-                shutil.copyfile(caption, target.with_suffix(".txt"))
-            print(target, flush=True)
-    if done:
-        log.info("%d variants were there already", done)
-    return 0
+            draw(target, path, captions[path], args, texts, pipeline)
+    if there:
+        log.info("%d variants were there already", there)
+    if broken:
+        log.warning("%d of %d pictures could not be read", broken, len(paths))
+    return 1 if broken else 0
+
+
+def variants(path: Path, copies: int, outdir: Path) -> list[Path]:
+    """Where the variants of a picture go."""
+    return [outdir / f"{path.stem}-{copy}.png" for copy in range(1, copies + 1)]
+
+
+def caption_of(path: Path) -> str | None:
+    """The caption beside a picture; None where there is none. ValueError where it is not UTF-8."""
+    caption = path.with_suffix(".txt")
+    if not caption.is_file():
+        return None
+    try:
+        return caption.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"folder: the caption {str(caption)!r} is not UTF-8 (byte {error.start})") from error
+
+
+def draw(
+    target: Path, path: Path, caption: str | None, args: argparse.Namespace, texts: Texts, pipeline: Pipeline
+) -> None:
+    """Draw one variant, its caption first, so that none is ever without."""
+    own = random.Random(f"{args.seed} {target.name}")  # the same whatever else is in the folder
+    job = job_from_flags(
+        args, image=str(path), seed=own.randrange(2**32), prompt=caption or "" if args.prompt is None else args.prompt,
+        strength=own.uniform(args.strength[0], args.strength[-1]),
+    )  # fmt: skip
+    result = draw_with_bar(pipeline, texts.jobs(job)[0])
+    if caption is not None:
+        shutil.copyfile(path.with_suffix(".txt"), target.with_suffix(".txt"))
+    save_png(target, result.images[0], recipe(result, 0))
+    print(target, flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.cli.loading import add_model_flags, load
@@ -33,15 +34,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    paths = targets(args.pictures, args.outdir, ENDING, "picture")
     pipeline = load(args, args.device, args.precision)
-    for name in args.pictures:
+    for name, path in zip(args.pictures, paths, strict=True):
         pixels = flat(read_picture(name, "picture"))
         data = compress(pixels, pipeline.model, args.quality, args.refine, pipeline.tile)
-        path = Path(args.outdir or Path(name).parent) / f"{Path(name).stem}{ENDING}"
         save_bytes(path, data)
         lost = psnr(expand(data, pipeline.model, tile=pipeline.tile), pixels)
         print(f"{path}\t{len(data)} bytes\t{lost:.1f} dB", flush=True)
     return 0
+
+
+def targets(names: Sequence[str], outdir: str | None, ending: str, field: str) -> list[Path]:
+    """Where each file's result goes; ValueError where two would go to one place."""
+    found: dict[Path, str] = {}
+    for name in names:
+        path = Path(outdir or Path(name).parent) / f"{Path(name).stem}{ending}"
+        if path in found:
+            raise ValueError(f"{field}={name!r}: {found[path]!r} would be written to {str(path)!r} as well")
+        found[path] = name
+    return list(found)
 
 
 def save_bytes(path: Path, data: bytes) -> None:

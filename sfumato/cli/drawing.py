@@ -29,6 +29,7 @@ from sfumato.types import Job
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+MAX_GRID = 2**29  # bytes of the pictures of a grid
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
 # Fields of a Job whose flags are spelled as in the original script.
@@ -54,6 +55,7 @@ class Style:
     sampler: str | None = None
     strength: float | None = None
     always_grid: bool = False
+    size: str = ""  # what width and height are where nobody says
     takes_image: bool = False
     without: tuple[str, ...] = ()
     check: Callable[[Job], Job] | None = None
@@ -91,8 +93,9 @@ def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
     add("--n_samples", "--count", dest="n_samples", type=int, default=style.n_samples, metavar="N", help=count_help)
     add("--n_iter", type=int, default=style.n_iter, metavar="N", help=f"times to do so (default: {style.n_iter})")
     add("--fixed_code", action="store_true", help="start every iteration from the same noise")
-    add("--H", "--height", dest="height", type=int, metavar="PX", help="height (default: the model's own)")
-    add("--W", "--width", dest="width", type=int, metavar="PX", help="width (default: the model's own)")
+    size = style.size or ("the image's own" if style.takes_image else "the model's own")
+    add("--H", "--height", dest="height", type=int, metavar="PX", help=f"height (default: {size})")
+    add("--W", "--width", dest="width", type=int, metavar="PX", help=f"width (default: {size})")
     add("--C", dest="channels", type=int, metavar="N", help="latent channels, checked against the model's")
     add("--f", dest="factor", type=int, metavar="N", help="downsampling factor, checked against the model's")
     add("--outdir", metavar="DIR", default=style.outdir, help="(default: %(default)s)")
@@ -304,6 +307,8 @@ def run(args: argparse.Namespace) -> int:
     model = pipeline.model
     _check_family(args, model.family)
     seeing = Seeing(args, model)
+    if args.skip_save and (args.film or args.where):
+        raise ValueError("film, where: they are saved beside the pictures, which --skip_save leaves out")
     if (suited := args.style.suited) is not None:
         iterations = [[suited(job, model.family) for job in jobs] for jobs in iterations]
     check_all([job for jobs in iterations for job in jobs], model.family, seeing)
@@ -311,14 +316,16 @@ def run(args: argparse.Namespace) -> int:
     if any(not job.prompt and (job.upscale is None or job.strength) for jobs in iterations for job in jobs):
         log.info("the prompt is empty: drawing unconditionally")
     images: list[np.ndarray] = []
+    alike = True
     try:
         for job in (job for jobs in iterations for job in jobs):
             for image in looped(pipeline, job, args, saver, seeing):
-                if not args.skip_grid:
+                if not args.skip_grid and alike:
                     images.append(image)
+                    alike = image.shape == images[0].shape and len(images) * image.size <= MAX_GRID
+                    images = images if alike else []  # a grid is of pictures of one size, and must be in memory
     finally:  # what is finished is kept, whatever ended it
-        alike = len({image.shape for image in images}) == 1  # a grid is of pictures of one size
-        if alike and (len(images) > 1 or args.style.always_grid):
+        if len(images) > 1 or (images and args.style.always_grid):
             columns = args.n_rows or (len(iterations[0]) if args.from_file else args.n_samples)
             saver.grid(np.stack(images), min(columns, len(images)))
     return 0

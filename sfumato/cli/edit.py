@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     if args.null_text and args.negative:
         raise ValueError(f"negative={args.negative!r}: it is learnt with --null-text; one of the two is needed")
-    picture = flat(read_picture(args.image))
+    original = read_picture(args.image)
+    picture = flat(original)
     pipeline = load(args, args.device, args.precision)
     saver = Saver(Path(args.outdir))
     model = pipeline.model
@@ -77,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
         drawn = redrawn(inversion, wanted, model, args.guidance, args.negative, contexts, watch)
     pixels = studio.decode(Drawn(drawn, 0.0), Job())[0, :tall, :wide]
     told = {name: getattr(args, name) for name in TOLD}
-    made = {"edit": told, "model": {"name": model.name, "hash": model.hash}, "made with": made_with(model.device)}
+    made = {
+        "edit": told,
+        "pictures": {"image": original.sha256},
+        "model": {"name": model.name, "hash": model.hash},
+        "made with": made_with(model.device),
+    }
     saver.plain(pixels, made)
     return 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sfumato.cli.compress import targets
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.images import save_png
 from sfumato.tasks.latent_file import expand
+
+ENDING = "-expanded.png"  # never the name of the picture that was compressed
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE.sfl", help="files of `sfumato compress`")
     add("--any-model", action="store_true", help="also where another model wrote the file, with the same autoencoder")
-    add("--outdir", metavar="DIR", help="where NAME.png goes; replaced if there (default: beside the file)")
+    add("--outdir", metavar="DIR", help=f"where NAME{ENDING} goes; replaced if there (default: beside the file)")
     add_model_flags(parser)
     add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
@@ -23,8 +26,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    paths = targets(args.files, args.outdir, ENDING, "file")
     pipeline = load(args, args.device, args.precision)
-    for name in args.files:
+    for name, path in zip(args.files, paths, strict=True):
         try:
             data = Path(name).read_bytes()
         except OSError as error:
@@ -33,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
             pixels = expand(data, pipeline.model, args.any_model, pipeline.tile)
         except ValueError as error:
             raise ValueError(f"file={name!r}: {error}") from error
-        path = Path(args.outdir or Path(name).parent) / f"{Path(name).stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, pixels)
         print(path, flush=True)

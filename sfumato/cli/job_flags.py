@@ -20,7 +20,8 @@ from sfumato.images.fitting import FITS
 from sfumato.prompts.choices import choose
 from sfumato.prompts.styles import Style, apply_styles, find_styles, read_styles
 from sfumato.prompts.weighting import WEIGHTINGS
-from sfumato.tasks.checks import FILLS, LATENT_UPSCALERS, RANGES
+from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
+from sfumato.tasks.picture_checks import FILLS
 from sfumato.tasks.plot import field_kinds, read_numbers
 from sfumato.tasks.profiles import PROFILES
 from sfumato.tasks.scenes import seeds_of

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from PIL import Image
+
 from sfumato.families import FAMILIES, Family, find_family
 from sfumato.pipeline import Memory, Pipeline, box_path
 from sfumato.weights.overrides import remember
@@ -43,7 +45,21 @@ def memory_flag(args: argparse.Namespace) -> Memory | None:
     except ValueError as error:
         raise ValueError(f"vram={args.vram!r}: a number of GiB is needed") from error
     count = getattr(args, "n_samples", 1)
+    if getattr(args, "images", None) and args.width is None and args.height is None and not hasattr(args, "left"):
+        sizes = [_size_of(Path(name)) for name in args.images if Path(name).is_file()]
+        if sizes:  # the largest is what must fit
+            width, height = max(sizes, key=lambda size: size[0] * size[1])
+            return Memory(vram, width, height, count)
     return Memory(vram, getattr(args, "width", None), getattr(args, "height", None), count)
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture's file, read from its header."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image={str(path)!r}: not a readable picture ({error})") from error
 
 
 def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeline:

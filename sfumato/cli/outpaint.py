@@ -7,7 +7,7 @@ import argparse
 from sfumato.cli import drawing
 from sfumato.cli.drawing import Style, run
 from sfumato.cli.job_flags import GROUPS
-from sfumato.tasks.checks import SIDES
+from sfumato.tasks.picture_checks import SIDES
 from sfumato.types import Job
 
 __all__ = ["add_flags", "run"]

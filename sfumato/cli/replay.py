@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict
+from sfumato.tasks.studio import PICTURES
 from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("picture", metavar="FILE.png", help="a picture that sfumato saved")
     add("--cell", type=int, metavar="N", help="of a plot, the cell to draw: from 1, left to right, then down")
+    for name in PICTURES:
+        add(f"--{name}", metavar="PATH", help=f"where its {name} is now (default: where it was)")
     add_model_flags(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
     add("--out", metavar="FILE.png", help="save the new drawing here")
@@ -76,7 +79,7 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
 
 def draw(pipeline: Pipeline, old: Recipe) -> Result:
     """The job of a recipe drawn again, alone or together with others."""
-    if len(old.together) == 1:
+    if len(old.together) <= 1:
         return draw_with_bar(pipeline, old.job)
     with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
 
@@ -104,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
             f"ckpt: {str(path)!r} was drawn by {old.model_name} ({old.model_hash}), this is {model.name} "
             f"({model.hash}); name the right file with --ckpt"
         )
+    moved = {name: getattr(args, name) for name in PICTURES if getattr(args, name) is not None}
+    if moved:
+        old = replace(old, job=replace(old.job, **moved), together=())
     result = draw(pipeline, old)
     for name, digest in old.pictures.items():
         if result.pictures.get(name) != digest:

@@ -31,6 +31,7 @@ class Saver:
 
     def __init__(self, outdir: Path) -> None:
         self.outdir, self.samples = outdir, outdir / "samples"
+        self._next: int | None = None  # the folder is looked through once
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             probe = self.samples / ".sfumato-probe"
@@ -45,8 +46,11 @@ class Saver:
 
     def plain(self, image: np.ndarray, made: dict[str, Any]) -> Path:
         """Save (H, W, 3) uint8 with what it says of itself; returns where."""
-        number = _next_number(self.samples, r"(\d{5,})\.png")
-        return self._save((self.samples / f"{n:05}.png" for n in count(number)), image, made)
+        if self._next is None:
+            self._next = _next_number(self.samples, r"(\d{5,})\.png")
+        path = self._save((self.samples / f"{n:05}.png" for n in count(self._next)), image, made)
+        self._next = int(path.stem) + 1
+        return path
 
     def grid(self, images: np.ndarray, columns: int) -> None:
         number = _next_number(self.outdir, r"grid-(\d{4,})\.png")

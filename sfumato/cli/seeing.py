@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from sfumato.engine import Run
 from sfumato.families import Model
 from sfumato.images import save_png
+from sfumato.images.fitting import fitted
 from sfumato.images.heat import heated
 from sfumato.images.moving import FORMATS, save_moving, strip
 from sfumato.tasks.checks import complete
@@ -19,6 +21,8 @@ from sfumato.tasks.previews import KINDS, previewer
 from sfumato.tasks.scenes import Scene
 from sfumato.tasks.studio import Pictures
 from sfumato.types import Job, Result
+
+log = logging.getLogger(__name__)
 
 STRIP = 12  # frames of a strip, spread over the way
 FILMS = ("png", *(ending.removeprefix(".") for ending in FORMATS))
@@ -51,6 +55,8 @@ class Seeing:
         """ValueError where a job cannot be looked into."""
         if self.kind and (job.tile is not None or job.upscale is not None):
             raise ValueError(f"film={self.kind!r}: what is drawn in tiles has no film")
+        if self.words and job.upscale is not None:
+            raise ValueError(f"where={self.words[0]!r}: a picture drawn over in tiles has no single map")
         for word in self.words:
             places_of(word, complete(job, self.model.family, pictures.size(job)), self.model)
 
@@ -69,17 +75,23 @@ class Seeing:
     def save(self, result: Result, index: int, path: Path) -> None:
         """Write what was seen of picture `index`, saved at `path`, beside it; prints each path."""
         image = result.images[index]
-        height, width = image.shape[:2]
         if self._film is not None:
-            self._save_film([*self._film.frames(index, width, height), image], path)
+            self._save_film([*self._film.frames(index), image], path)
         for word in self.words:
             assert self._where is not None
-            heat = self._where.heat(index, places_of(word, result.job, self.model), width, height)
+            heat = self._where.heat(index, places_of(word, result.job, self.model))
+            if heat is None:
+                log.warning("where %r: nothing was drawn, so no word looked anywhere", word)
+                continue
+            if heat.shape != image.shape[:2]:  # of the first of two passes
+                heat = fitted(heat, image.shape[1], image.shape[0], "stretch", "bilinear")
             beside = path.with_name(f"{path.stem}-where-{_file_name(word)}.png")
             save_png(beside, np.concatenate([image, heated(image, heat)], axis=1))
             print(beside, flush=True)
 
     def _save_film(self, frames: list[np.ndarray], path: Path) -> None:
+        height, width = frames[-1].shape[:2]
+        frames = [fitted(frame, width, height, "stretch", "bicubic") for frame in frames]
         beside = path.with_name(f"{path.stem}-film.{self.kind}")
         if self.kind == "png":
             save_png(beside, strip(frames, STRIP))

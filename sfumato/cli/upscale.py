@@ -37,7 +37,8 @@ def _suited(job: Job, family: Family) -> Job:
 
 
 WITHOUT = (*GROUPS["second pass"], *GROUPS["new ground"], *GROUPS["mask"], "resize", "depth", "tile")
-SFUMATO = Style("upscale", prompt="", takes_image=True, without=WITHOUT, check=_check, suited=_suited)
+TILES = "the model's own; it is that of the tiles"
+SFUMATO = Style("upscale", size=TILES, prompt="", takes_image=True, without=WITHOUT, check=_check, suited=_suited)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,15 @@ from sfumato.images.pixels import UPSCALERS
 FITS = ("keep", "stretch", "crop", "fill", "latent")
 
 
-def fitted(pixels: np.ndarray, width: int, height: int, fit: str, how: str = "lanczos") -> np.ndarray:
+def fitted(
+    pixels: np.ndarray, width: int, height: int, fit: str, how: str = "lanczos", mirrored: bool | None = None
+) -> np.ndarray:
     """(H, W, 3) uint8 or (H, W) float32 in [0, 1] -> (height, width, ...) of the same kind.
 
     fit: "stretch" (also "latent", where latents are stretched later); "crop": enlarged to cover, the middle kept;
     "fill": the whole in the middle, its edges drawn out; "keep": not resized, what lacks at the right and below is
-    mirrored (of a mask: 0). `how` is one of UPSCALERS. ValueError where the picture is larger than what keeps it.
+    mirrored, or 0 where not `mirrored` (None: pictures are, masks are not). `how` is one of UPSCALERS. ValueError where
+    the picture is larger than what keeps it.
     """
     tall, wide = pixels.shape[:2]
     if (wide, tall) == (width, height):
@@ -23,7 +26,7 @@ def fitted(pixels: np.ndarray, width: int, height: int, fit: str, how: str = "la
     if fit == "keep":
         if wide > width or tall > height:
             raise ValueError(f"resize='keep': {wide} x {tall} px do not fit into {width} x {height}")
-        return _padded(pixels, height - tall, width - wide)
+        return _padded(pixels, height - tall, width - wide, pixels.ndim == 3 if mirrored is None else mirrored)
     if fit == "crop":
         scale = max(width / wide, height / tall)
         large = _resized(pixels, max(width, round(wide * scale)), max(height, round(tall * scale)), how)
@@ -38,10 +41,9 @@ def fitted(pixels: np.ndarray, width: int, height: int, fit: str, how: str = "la
     return _resized(pixels, width, height, how)
 
 
-def _padded(pixels: np.ndarray, below: int, right: int) -> np.ndarray:
-    if pixels.ndim == 2:
-        return np.pad(pixels, [(0, below), (0, right)])
-    return np.pad(pixels, [(0, below), (0, right), (0, 0)], mode="symmetric")
+def _padded(pixels: np.ndarray, below: int, right: int, mirrored: bool) -> np.ndarray:
+    room = [(0, below), (0, right), *[(0, 0)] * (pixels.ndim - 2)]
+    return np.pad(pixels, room, mode="symmetric") if mirrored else np.pad(pixels, room)
 
 
 def _resized(pixels: np.ndarray, width: int, height: int, how: str) -> np.ndarray:

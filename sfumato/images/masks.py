@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageFilter
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import distance_transform_edt, gaussian_filter1d, maximum_filter
 
 Box = tuple[int, int, int, int]
+FAR = 1e6  # sigmas: what lies that way is no edge
 # Radii in px of ever finer blurs laid over each other, and how often each: A1111's masked content "fill".
 FILL_RADII = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 
@@ -23,10 +24,19 @@ def blurred(mask: np.ndarray, sigma_x: float, sigma_y: float) -> np.ndarray:
 
 
 def feathered(mask: np.ndarray, sigma_x: float, sigma_y: float) -> np.ndarray:
-    """A blur that stays inside: from 0 at the mask's edge to 1 some sigmas within; what was 0 is exactly 0."""
-    if sigma_x == sigma_y == 0:
+    """An edge that fades inwards: from 0 outside the mask to the mask itself, two sigmas within.
+
+    Of what is thinner, the middle of every stroke reaches the mask. What was 0 is exactly 0.
+    """
+    if sigma_x == sigma_y == 0 or not (mask == 0).any():
         return mask
-    return np.where(mask > 0, np.minimum(mask, np.clip(2 * blurred(mask, sigma_x, sigma_y) - 1, 0, 1)), 0)
+    # how far inside, in sigmas; a direction that is not blurred does not count
+    sampling = [1 / sigma if sigma > 0 else FAR for sigma in (sigma_y, sigma_x)]
+    inside = distance_transform_edt(mask > 0, sampling=sampling)
+    reach = [2 * int(np.ceil(2 * sigma)) + 1 for sigma in (sigma_y, sigma_x)]
+    depth = np.minimum(2, maximum_filter(inside, size=reach))  # of the stroke here
+    share = np.divide(inside, depth, out=np.zeros_like(inside), where=depth > 0).clip(0, 1)
+    return (mask * share * share * (3 - 2 * share)).astype(np.float32)
 
 
 def box_of(mask: np.ndarray, padding: int = 0) -> Box:

@@ -27,12 +27,16 @@ OF_A_MASK = ("mask_invert", "mask_resize", "mask_soft", "only_masked")  # fields
 class Canvas:
     """Pixels (H, W, 3) uint8 to draw over; `mask` (H, W) float32, 1 is free, None where all is.
 
-    `finished` takes what was drawn, (B, H, W, 3) uint8, to the pictures that the job asked for.
+    `finished` takes what was drawn, (B, H, W, 3) uint8, to the pictures that the job asked for. Planes are float32:
+    `carried` takes one of the whole picture, of any size, to the canvas, and `placed` one of the canvas into the
+    finished picture, 0 where nothing is drawn.
     """
 
     pixels: np.ndarray
     mask: np.ndarray | None
     finished: Callable[[np.ndarray], np.ndarray]
+    carried: Callable[[np.ndarray], np.ndarray] = lambda plane: plane
+    placed: Callable[[np.ndarray], np.ndarray] = lambda plane: plane
 
 
 def flat(picture: Picture) -> np.ndarray:
@@ -99,7 +103,8 @@ def blurs(job: Job, family: Family) -> tuple[float, float]:
     """The standard deviations in px, along x and y, by which a complete job's mask is blurred."""
     usual = find_profile(job.like).mask_blur
     usual = family.autoencoder.factor / 4 if usual is None else usual
-    return tuple(usual if blur is None else blur for blur in (job.mask_blur_x, job.mask_blur_y))  # type: ignore[return-value]
+    across = usual if job.mask_blur_x is None else job.mask_blur_x
+    return across, across if job.mask_blur_y is None else job.mask_blur_y
 
 
 def softened(mask: np.ndarray, job: Job, family: Family) -> np.ndarray:
@@ -138,7 +143,8 @@ def canvas_over(pixels: np.ndarray, free: np.ndarray | None, job: Job, family: F
         return whole[:, :tall, :wide] if job.resize == "keep" else whole
 
     # a blurred mask reaches further, and all that it reaches is drawn
-    return Canvas(_begun(ground, mask, job), np.maximum(mask, weight), finished)
+    reached = np.maximum(mask, weight)
+    return Canvas(_begun(ground, mask, job), reached, finished, *_planes(job, (tall, wide), (height, width)))
 
 
 def _whole(pixels: np.ndarray, job: Job, family: Family) -> Canvas:
@@ -151,7 +157,23 @@ def _whole(pixels: np.ndarray, job: Job, family: Family) -> Canvas:
     def finished(drawn: np.ndarray) -> np.ndarray:
         return drawn[:, :tall, :wide] if job.resize == "keep" else drawn
 
-    return Canvas(fitted(pixels, width, height, str(job.resize)), None, finished)
+    ground = fitted(pixels, width, height, str(job.resize))
+    return Canvas(ground, None, finished, *_planes(job, (tall, wide), size_of(job)))
+
+
+def _planes(
+    job: Job, picture: tuple[int, int], canvas: tuple[int, int]
+) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """`carried` and `placed` of a canvas of (height, width) over all of a picture of (height, width)."""
+
+    def carried(plane: np.ndarray) -> np.ndarray:
+        whole = fitted(plane, picture[1], picture[0], "stretch", "bicubic")
+        return fitted(whole, canvas[1], canvas[0], str(job.resize), "bicubic", mirrored=True)
+
+    def placed(plane: np.ndarray) -> np.ndarray:
+        return plane[: picture[0], : picture[1]] if job.resize == "keep" else plane
+
+    return carried, placed
 
 
 def _crop(pixels: np.ndarray, free: np.ndarray, job: Job, family: Family) -> Canvas:
@@ -174,7 +196,16 @@ def _crop(pixels: np.ndarray, free: np.ndarray, job: Job, family: Family) -> Can
             whole[part] = laid_on(pixels[part], one, weight[part])
         return result
 
-    return Canvas(_begun(ground, mask, job), mask, finished)
+    def carried(plane: np.ndarray) -> np.ndarray:
+        whole = fitted(plane, pixels.shape[1], pixels.shape[0], "stretch", "bicubic")
+        return fitted(np.ascontiguousarray(whole[part]), width, height, fit, "bicubic")
+
+    def placed(plane: np.ndarray) -> np.ndarray:
+        whole = np.zeros(pixels.shape[:2], dtype=np.float32)
+        whole[part] = _unfitted(plane[None], right - left, bottom - top, fit)[0]
+        return whole
+
+    return Canvas(_begun(ground, mask, job), mask, finished, carried, placed)
 
 
 def _unfitted(drawn: np.ndarray, width: int, height: int, fit: str) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sfumato.tasks.checks import SIDES
 from sfumato.tasks.outpaint import outpaint
+from sfumato.tasks.picture_checks import SIDES
 from sfumato.tasks.redraw import redraw
 from sfumato.tasks.scenes import Task
 from sfumato.tasks.studio import Studio

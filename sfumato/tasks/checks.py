@@ -13,12 +13,11 @@ from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
 from sfumato.images import UPSCALERS
-from sfumato.images.fitting import FITS
 from sfumato.prompts.weighting import WEIGHTINGS
+from sfumato.tasks.picture_checks import MAX_SIDE, check_fields_together, complete_picture
 from sfumato.tasks.profiles import find_profile
 from sfumato.types import Hires, Job
 
-MAX_SIDE = 8192  # px; a larger picture is a slip of the keyboard
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000.0
@@ -85,12 +84,6 @@ REQUIRED = ("seed", "count", "variation_strength", "ensd", "guidance_start", "gu
 TEXTS = ("prompt", "negative", "seamless")
 NAMES = ("sampler", "schedule", "weighting", "noise", "like", "image", "mask", "depth", "resize", "fill", "upscaler")
 SWITCHES = ("exact_steps", "mask_invert", "mask_resize", "from_alpha", "mask_soft", "only_masked")
-FILLS = ("original", "fill", "noise", "nothing")
-SEAMLESS = ("", "x", "y", "xy")
-SIDES = ("left", "right", "up", "down")
-# What an image is needed for.
-OVER_AN_IMAGE = ("strength", "exact_steps", "resize", "mask", "mask_invert", "mask_soft", "fill", "only_masked",
-                 "depth", "upscale", "image_guidance", *SIDES)  # fmt: skip
 
 
 def require_number(name: str, value: Any, allowed: Range) -> None:
@@ -131,7 +124,7 @@ def complete(job: Job, family: Family, image_size: tuple[int, int] | None = None
         if not isinstance(getattr(job, name), bool):
             raise ValueError(f"{name}={getattr(job, name)!r}: true or false is needed")
     profile = find_profile(job.like)
-    job = _complete_picture(job, family, image_size)
+    job = complete_picture(job, family, image_size)
     sampler, schedule = resolve(job.sampler or profile.sampler or family.defaults.sampler, job.schedule)
     if job.schedule is None and profile.schedule is not None and sampler.schedule == "uniform":
         schedule = profile.schedule
@@ -149,62 +142,10 @@ def complete(job: Job, family: Family, image_size: tuple[int, int] | None = None
     )
     _check_numbers(job, family)
     job = replace(job, overlap=_first(job.overlap, _usual_overlap(job, family)))
+    check_fields_together(job, family)
     job = _check_options(job, sampler)
     sampling_sigmas(schedule, NoiseSchedule(family.schedule), int(job.steps or 1))  # some schedules allow few steps
     return job
-
-
-def _complete_picture(job: Job, family: Family, size: tuple[int, int] | None) -> Job:
-    """The fields about a picture to draw over; its size decides the job's where that says none."""
-    _require_one_of("resize", job.resize, FITS)
-    _require_one_of("fill", job.fill, FILLS)
-    _require_one_of("seamless", job.seamless, SEAMLESS)
-    if job.image is None:
-        empty = Job()
-        for name in OVER_AN_IMAGE:
-            if getattr(job, name) != getattr(empty, name):
-                raise ValueError(f"{name}={getattr(job, name)!r}: an image is needed for that")
-        return job
-    if job.hires is not None:
-        raise ValueError("hires: a second pass is for pictures from words; an image is enlarged with upscale")
-    if size is None:
-        raise ValueError(f"image={job.image!r}: its size is not known")
-    outpaints = any(getattr(job, side) for side in SIDES)
-    job = replace(job, fill=job.fill or ("noise" if outpaints else "original"))
-    picture_size = find_profile(job.like).picture_size
-    if outpaints:  # each pass has a size of its own
-        return replace(job, width=family.size, height=family.size, resize="keep")
-    if job.only_masked or job.upscale is not None or picture_size == "native":
-        usual = (family.size, family.size)
-    elif job.width is None and job.height is None:
-        keeps = picture_size == "keep" and job.resize in (None, "keep")
-        usual = (_to_step(size[0], family.size_step, up=keeps), _to_step(size[1], family.size_step, up=keeps))
-        if max(usual) > MAX_SIDE:
-            raise ValueError(
-                f"image={job.image!r}: {size[1]} x {size[0]} px, and {MAX_SIDE} a side are drawn at most;"
-                " width and height draw it smaller"
-            )
-        job = replace(job, resize="keep" if keeps else job.resize)
-    else:
-        usual = _of_same_shape(job, size, family.size_step)
-    return replace(job, height=_first(job.height, usual[0]), width=_first(job.width, usual[1]),
-                   resize=job.resize or "stretch")  # fmt: skip
-
-
-def _to_step(side: int, step: int, *, up: bool) -> int:
-    """The multiple of `step` next to a side in pixels, one at least."""
-    return max(1, -(-side // step) if up else side // step) * step
-
-
-def _of_same_shape(job: Job, size: tuple[int, int], step: int) -> tuple[int, int]:
-    """(height, width) where one of the two is given: the other so that the picture keeps its shape."""
-    (tall, wide), height, width = size, job.height, job.width
-    try:
-        high = height if width is None else max(1, round(tall * width / wide / step)) * step
-        broad = width if height is None else max(1, round(wide * height / tall / step)) * step
-    except TypeError:
-        return tall, wide  # no numbers; what they must be is said where they are checked
-    return int(high or 0), int(broad or 0)
 
 
 def _first(*values: Any) -> Any:
@@ -223,8 +164,6 @@ def _check_numbers(job: Job, family: Family) -> None:
         if value is not None or name in REQUIRED:
             require_number(name, value, allowed)
     _check_tiles(job, family)
-    if job.image_guidance is not None and family.concat != "picture":
-        raise ValueError(f"image_guidance={job.image_guidance}: {family.name} is told of no picture beside the noise")
     if job.guidance_start >= job.guidance_end:
         raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
     if job.guidance_high is not None and job.guidance_high <= job.guidance_low:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sfumato.families import Model
 from sfumato.images import from_uint8
-from sfumato.images.fitting import fitted
 from sfumato.tasks.canvas import Canvas
 from sfumato.tasks.depth import depth_of
 from sfumato.tasks.profiles import find_profile
@@ -70,9 +69,7 @@ def _depth(canvas: Canvas, job: Job, studio: Studio) -> Tensor:
     """The depth map at latent size, from -1 (far) to 1 (near) over the picture, as the model was trained."""
     height, width = size_of(job)
     factor = studio.model.family.autoencoder.factor
-    depth = depth_of(canvas.pixels, job, studio)
-    if depth.shape != (height, width):
-        depth = fitted(depth, width, height, str(job.resize), "bicubic")
+    depth = depth_of(canvas, job, studio)
     small = F.interpolate(
         torch.from_numpy(depth)[None, None], size=(height // factor, width // factor), mode="bicubic",
         align_corners=False,

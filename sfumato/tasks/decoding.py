@@ -111,7 +111,8 @@ def wider(dtype: torch.dtype, device: torch.device) -> list[torch.dtype]:
 @contextmanager
 def weights_in(dtype: torch.dtype, *networks: nn.Module) -> Iterator[None]:
     """Inside, the networks' weights are copies in `dtype`; after, they are what they were, to the last bit."""
-    kept = [(parameter, parameter.data) for network in networks for parameter in network.parameters()]
+    every = [parameter for network in networks for parameter in network.parameters()]
+    kept = [(parameter, parameter.data) for parameter in every if parameter.dtype != dtype]
     try:
         with torch.inference_mode(False), torch.no_grad():
             for parameter, before in kept:

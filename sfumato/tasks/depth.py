@@ -13,6 +13,7 @@ import numpy as np
 
 from sfumato.images import resize
 from sfumato.images.fitting import fitted
+from sfumato.tasks.canvas import Canvas
 from sfumato.tasks.studio import Studio
 from sfumato.types import Job
 
@@ -21,21 +22,21 @@ SIDE = 384  # px, what MiDaS's hybrid network was trained on; of networks that s
 MEAN, STD = 0.5, 0.5
 
 
-def depth_of(pixels: np.ndarray, job: Job, studio: Studio) -> np.ndarray:
-    """The depth of a canvas (H, W, 3) uint8: float32, of the map's own size where a map is given, else (H, W).
+def depth_of(canvas: Canvas, job: Job, studio: Studio) -> np.ndarray:
+    """The depth of a canvas, (H, W) float32.
 
-    `job.depth` names a picture, whose luminance is the depth, or a network's .onnx file. ValueError without one, and
-    where it is flat.
+    `job.depth` names a picture of the whole image's depth, in any size, whose luminance it is; or a network's .onnx
+    file. ValueError without one, and where it is flat.
     """
     if job.depth is None:
         name = studio.model.name
         raise ValueError(f"depth=None: {name!r} wants a depth map of the image, or an .onnx file of a depth network")
     if Path(job.depth).suffix.lower() == ".onnx":
-        return estimated(pixels, job.depth)
+        return estimated(canvas.pixels, job.depth)
     found = studio.pictures.mask(job.depth, "depth")
     if found.min() == found.max():
         raise ValueError(f"depth={job.depth!r}: it is the same grey everywhere, so it says nothing")
-    return found
+    return canvas.carried(found)
 
 
 def estimated(pixels: np.ndarray, path: str) -> np.ndarray:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.families import Model
-from sfumato.images import from_uint8, to_uint8
-from sfumato.models import tiling
+from sfumato.images import from_uint8
 from sfumato.tasks.checks import Range, require_number
-from sfumato.tasks.decoding import decode, weights_in
+from sfumato.tasks.decoding import decode_pixels, weights_in
+from sfumato.tasks.encoding import encode
 
 MAGIC, VERSION = b"SfLt", 1
 HEAD = struct.Struct("<4sB5sHHHBfB")  # magic, version, hash, W, H, C, f, step, length of the name that follows
@@ -101,7 +101,7 @@ def expand(data: bytes, model: Model, any_model: bool = False, tile: int | None 
         needed = f"{family.autoencoder.latent_channels} at 1/{family.autoencoder.factor}"
         raise ValueError(f"latent file: its latents are {found} size, {model.name} has {needed}")
     latents = torch.from_numpy((_decode(coded, header.shape) * header.step).astype(np.float32))
-    pictures = to_uint8(decode(latents[None].to(model.device), 0.0, model, tile=tile))
+    pictures = decode_pixels(latents[None].to(model.device), 0.0, model, tile=tile)
     return pictures[0, : header.height, : header.width]
 
 
@@ -125,12 +125,7 @@ def _padded(picture: np.ndarray, factor: int) -> np.ndarray:
 @torch.inference_mode()
 def _latents(padded: np.ndarray, model: Model, tile: int | None) -> Tensor:
     """Latents (C, h, w) float32 in diffusion's scale. ValueError where they are not finite."""
-    images = from_uint8(padded[None]).to(model.device, model.dtype)
-    posterior = model.autoencoder.encode(images) if tile is None else tiling.encode(model.autoencoder, images, tile)
-    latents = posterior.mean[0].float() * model.family.latent_scale
-    if not latents.isfinite().all():
-        raise ValueError(f"precision={model.precision!r}: the picture's latents are not finite; 'full' may mend it")
-    return latents
+    return encode(torch.from_numpy(padded).permute(2, 0, 1)[None], model, tile)[0]
 
 
 def _refined(latents: Tensor, padded: np.ndarray, model: Model, step: float, rounds: int) -> Tensor:

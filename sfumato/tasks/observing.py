@@ -17,7 +17,7 @@ from sfumato.images import resize
 from sfumato.prompts.prompt import parse
 from sfumato.tasks.previews import Preview, Recorder
 from sfumato.tasks.profiles import find_profile
-from sfumato.tasks.scenes import Scene, latent_shape
+from sfumato.tasks.scenes import Scene, latent_shape, size_of
 from sfumato.types import Job
 
 
@@ -26,19 +26,26 @@ class Film:
 
     def __init__(self, preview: Preview, every: int = 1, most: int = 64) -> None:
         self.preview, self.every, self.most = preview, every, most
-        self._recorders: dict[int, list[tuple[Recorder, int]]] = defaultdict(list)
+        self._recorders: dict[int, list[tuple[Recorder, int, Scene]]] = defaultdict(list)
 
     def __call__(self, run: Run, scene: Scene, which: slice) -> None:
         """Record a run."""
         recorder = Recorder(self.preview, self.every, self.most)
         run.watch = recorder
         for row, picture in enumerate(range(which.start, which.stop)):
-            self._recorders[picture].append((recorder, row))
+            self._recorders[scene.first + picture].append((recorder, row, scene))
 
-    def frames(self, picture: int, width: int, height: int) -> list[np.ndarray]:
-        """The way of a picture through all its scenes, each frame (height, width, 3) uint8."""
-        found = [frame[row] for recorder, row in self._recorders[picture] for frame in recorder.frames()]
-        return [resize(frame[None], width, height, "bicubic")[0] for frame in found]
+    def frames(self, picture: int) -> list[np.ndarray]:
+        """The way of a picture through all its scenes, each frame (H, W, 3) uint8 as the finished picture would be.
+
+        Frames of scenes of different sizes have different sizes; none where nothing was drawn.
+        """
+        found = []
+        for recorder, row, scene in self._recorders[picture]:
+            height, width = size_of(scene.job)
+            for frame in recorder.frames():
+                found.append(scene.finished(resize(frame[row : row + 1], width, height, "bicubic"))[0])
+        return found
 
 
 class Where:
@@ -46,7 +53,7 @@ class Where:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._lookers: dict[int, tuple[Looker, int]] = {}
+        self._lookers: dict[int, tuple[Looker, int, Scene]] = {}
 
     def __call__(self, run: Run, scene: Scene, which: slice) -> None:
         """Look on while a run draws."""
@@ -54,12 +61,17 @@ class Where:
         looker = Looker((height, width))
         run.guidance = Looking(run.guidance, looker)
         for row, picture in enumerate(range(which.start, which.stop)):
-            self._lookers[picture] = (looker, row)
+            self._lookers[scene.first + picture] = (looker, row, scene)
 
-    def heat(self, picture: int, places: list[int], width: int, height: int) -> np.ndarray:
-        """How much the tokens at `places` look at each pixel: (height, width) float32 in [0, 1]."""
-        looker, row = self._lookers[picture]
-        return looker.heat(places, (height, width))[row].float().cpu().numpy()
+    def heat(self, picture: int, places: list[int]) -> np.ndarray | None:
+        """How much the tokens at `places` look at each pixel of the finished picture: (H, W) float32 in [0, 1].
+
+        0 where its last scene drew nothing; None where no scene was drawn at all.
+        """
+        if picture not in self._lookers:
+            return None
+        looker, row, scene = self._lookers[picture]
+        return scene.placed(looker.heat(places, size_of(scene.job))[row].float().cpu().numpy())
 
 
 def places_of(word: str, job: Job, model: Model) -> list[int]:

@@ -16,7 +16,7 @@ from sfumato.images.fitting import fitted
 from sfumato.images.masks import laid_on
 from sfumato.images.outpainting import extended, passes, without_step
 from sfumato.tasks.canvas import Canvas, flat
-from sfumato.tasks.checks import SIDES
+from sfumato.tasks.picture_checks import SIDES
 from sfumato.tasks.redraw import levels_of, redraw_on
 from sfumato.tasks.scenes import Task
 from sfumato.tasks.studio import Studio
@@ -24,6 +24,7 @@ from sfumato.types import Job
 
 STRENGTH = 0.8  # recommended for outpainting mk2
 FILLS = {"original": "mirror", "fill": "edge", "noise": "noise", "nothing": "edge"}  # what new ground begins as
+Area = tuple[slice, slice]
 REACH = 1 / 8  # of the model's size: how far a step of colour at the border is evened out
 
 
@@ -60,24 +61,34 @@ def _pass(picture: np.ndarray, side: str, pixels: int, one: Job, job: Job, studi
     """A picture (H, W, 3) with `pixels` more at one side."""
     family = studio.model.family
     sides = [pixels if name == side else 0 for name in SIDES]
-    noise = np.random.default_rng(0)
-    canvas, weight = extended(picture, *sides, blur=_blur(job, family), fill="mirror", rng=noise)
+    left, right, up, down = sides
+    canvas = np.pad(picture, [(up, down), (left, right), (0, 0)])
+    area, old = _window(canvas.shape[:2], side, pixels, family)
+    noise, seen = np.random.default_rng(0), canvas[area][old]
+    ground, weight = extended(seen, *sides, blur=_blur(job, family), fill="mirror", rng=noise)
     begun, _ = extended(
-        picture, *sides, blur=_blur(job, family), fill=FILLS[str(job.fill)], falloff=job.falloff,
+        seen, *sides, blur=_blur(job, family), fill=FILLS[str(job.fill)], falloff=job.falloff,
         colour_variation=job.colour_variation, rng=noise,
     )  # fmt: skip
-    area = _window(canvas.shape[:2], side, pixels, family)
-    ground, free = canvas[area], (weight[area] > 0).astype(np.float32)
+    free = (weight > 0).astype(np.float32)
     tall, wide = free.shape
     height, width = (-(-length // family.size_step) * family.size_step for length in free.shape)
 
     def finished(drawn: np.ndarray) -> np.ndarray:
         even = without_step(ground, drawn[0, :tall, :wide], free, family.size * REACH)
-        return laid_on(ground, even, weight[area])[None]
+        whole = canvas.copy()
+        whole[area] = laid_on(ground, even, weight)
+        return whole[None]
 
-    inner = Canvas(fitted(begun[area], width, height, "keep"), fitted(free, width, height, "keep"), finished)
-    canvas[area] = (yield from redraw_on(inner, replace(one, width=width, height=height), studio, later=later))[0]
-    return canvas
+    def placed(plane: np.ndarray) -> np.ndarray:
+        whole = np.zeros(canvas.shape[:2], dtype=np.float32)
+        whole[area] = plane[:tall, :wide]
+        return whole
+
+    fit = (width, height, "keep")
+    inner = Canvas(fitted(begun, *fit), fitted(free, *fit), finished, placed=placed)
+    own = replace(one, width=width, height=height)
+    return (yield from redraw_on(inner, own, studio, later=later, first=one.seed - job.seed))[0]
 
 
 def _blur(job: Job, family: Family) -> float:
@@ -86,11 +97,14 @@ def _blur(job: Job, family: Family) -> float:
     return max(given, default=float(family.autoencoder.factor))
 
 
-def _window(size: tuple[int, int], side: str, pixels: int, family: Family) -> tuple[slice, slice]:
-    """The rows and columns that a pass draws: the new ground and old picture up to the model's size."""
-    height, width = size
+def _window(size: tuple[int, int], side: str, pixels: int, family: Family) -> tuple[Area, Area]:
+    """The rows and columns that a pass draws: the new ground and old picture up to the model's size. And the old
+    picture's within them."""
     across = side in ("left", "right")
-    length = min(width if across else height, max(family.size, 2 * pixels))
-    if across:
-        return slice(0, height), slice(0, length) if side == "left" else slice(width - length, width)
-    return slice(0, length) if side == "up" else slice(height - length, height), slice(0, width)
+    whole = size[1] if across else size[0]
+    length = min(whole, max(family.size, 2 * pixels))
+    first = side in ("left", "up")
+    drawn = slice(0, length) if first else slice(whole - length, whole)
+    old = slice(pixels, length) if first else slice(0, length - pixels)
+    every = slice(None)
+    return ((every, drawn), (every, old)) if across else ((drawn, every), (old, every))

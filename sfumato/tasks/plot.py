@@ -23,8 +23,9 @@ from sfumato.families import Model
 from sfumato.images import UPSCALERS
 from sfumato.images.fitting import FITS
 from sfumato.prompts.weighting import WEIGHTINGS
-from sfumato.tasks.checks import FILLS, LATENT_UPSCALERS, complete
+from sfumato.tasks.checks import LATENT_UPSCALERS, complete
 from sfumato.tasks.hires import second_job
+from sfumato.tasks.picture_checks import FILLS
 from sfumato.tasks.profiles import PROFILES
 from sfumato.tasks.scenes import sigmas_of, size_of
 from sfumato.tasks.studio import Pictures

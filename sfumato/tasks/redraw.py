@@ -116,10 +116,10 @@ def levels_of(job: Job, model: Model) -> Levels:
 
 
 class Begun:
-    """Noise of which the first draw was taken already; it is given again, then what follows."""
+    """Noise whose first draw is `first`, what follows is that of `noise`."""
 
-    def __init__(self, noise: Noise) -> None:
-        self.first: Tensor | None = noise()
+    def __init__(self, first: Tensor, noise: Noise) -> None:
+        self.first: Tensor | None = first
         self._noise = noise
 
     def __call__(self) -> Tensor:
@@ -136,8 +136,13 @@ def redraw(job: Job, studio: Studio) -> Task:
 
 
 @torch.inference_mode()
-def redraw_on(canvas: Canvas, job: Job, studio: Studio, noise: Noise | None = None, later: int = 0) -> Task:
-    """Draw over a canvas, from `noise` where it is given; `later` steps of other scenes will follow."""
+def redraw_on(
+    canvas: Canvas, job: Job, studio: Studio, noise: Noise | None = None, later: int = 0, first: int = 0
+) -> Task:
+    """Draw over a canvas, from `noise` where it is given; `later` steps of other scenes will follow.
+
+    Its first picture is the whole job's picture `first`.
+    """
     model, levels = studio.model, levels_of(job, studio.model)
     draw: Draw | None = None
     if find_profile(job.like).sampled and noise is None:
@@ -150,7 +155,7 @@ def redraw_on(canvas: Canvas, job: Job, studio: Studio, noise: Noise | None = No
     keeps, from_noise = free is not None and not _sees_the_mask(job, model), _from_noise_alone(job, model)
     # latents that nothing is made of are not sampled either: what is drawn after them is other noise then
     clean = None if from_noise and not keeps else _clean(canvas, job, studio, draw)
-    begun = None if noise is None else Begun(noise)
+    begun = None if noise is None else Begun(noise(), noise)  # drawn before what is sampled beside it
     concat = concat_of(canvas, job, studio, draw)
     wrap: Wrap | None = None
     if clean is not None and free is not None:
@@ -169,6 +174,9 @@ def redraw_on(canvas: Canvas, job: Job, studio: Studio, noise: Noise | None = No
         wrap=wrap,
         noise=begun,
         later=later,
+        first=first,
+        finished=canvas.finished,
+        placed=canvas.placed,
     )
     return canvas.finished(studio.decode(drawn, job))
 

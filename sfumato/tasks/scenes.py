@@ -37,7 +37,8 @@ class Scene:
     `concat` (1, Cc, h, w) is what the U-Net sees beside x and `label` the class that it is told, of families that have
     one; `wrap` goes around the sampler. `noise` is drawn from
     instead of the seeds' own, for all pictures as one. `later` counts the steps of the scenes that the task knows to
-    follow.
+    follow. For those who look on: the scene's first picture is the job's picture `first`, and `finished` and `placed`
+    are its canvas's (canvas.Canvas).
     """
 
     job: Job
@@ -49,6 +50,9 @@ class Scene:
     wrap: Wrap | None = None
     noise: Noise | None = None
     later: int = 0
+    first: int = 0
+    finished: Callable[[np.ndarray], np.ndarray] = lambda pictures: pictures
+    placed: Callable[[np.ndarray], np.ndarray] = lambda plane: plane
 
     @property
     def steps(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from sfumato.tasks.decoding import decode_pixels
 from sfumato.tasks.encoding import encode
 from sfumato.tasks.scenes import Drawn, seamless_of
 from sfumato.types import Job
+from sfumato.weights.files import sha256
 from sfumato.weights.upscalers import Upscaler, enlarged, load_upscaler
 
 PICTURES = ("image", "mask", "depth")  # fields of a Job that name a picture
@@ -52,10 +54,18 @@ class Pictures:
         return height, width
 
     def hashes(self, job: Job) -> dict[str, str]:
-        """SHA-256 of the pixels of each picture that a job names and that has been looked at, by field."""
+        """SHA-256 of the pixels of each picture that a job names and that has been looked at, by field.
+
+        Of networks' files that it names (a depth network, an upscaler) that of the file.
+        """
         found = {**self._read, **self._given}
         names = {name: getattr(job, name) for name in PICTURES}
-        return {name: found[value].sha256 for name, value in names.items() if value in found}
+        hashes = {name: found[value].sha256 for name, value in names.items() if value in found}
+        for name in ("depth", "upscaler"):
+            value = getattr(job, name)
+            if name not in hashes and value is not None and Path(value).is_file():
+                hashes[name] = sha256(value)
+        return hashes
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sfumato.diffusion.noise import Noise
+from sfumato.diffusion.noise import MAX_SEED
 from sfumato.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from sfumato.images import from_uint8
 from sfumato.images.fitting import fitted
 from sfumato.models.tiling import ramps, starts
 from sfumato.tasks.canvas import Canvas, flat
 from sfumato.tasks.profiles import find_profile
-from sfumato.tasks.redraw import levels_of, redraw_on
+from sfumato.tasks.redraw import Begun, levels_of, redraw_on
 from sfumato.tasks.scenes import OneGenerator, Scene, Task, has_one_generator, noise_of, overlap_of, sigmas_of
 from sfumato.tasks.studio import Studio
 from sfumato.types import Job
 
+STRIDE = 1_000_003  # between the seeds of tiles: far from those of the job's pictures
 X4 = 4  # what the latent upscaler enlarges by, its autoencoder's factor
 # The latent upscaler's own noise over the small picture: level 0 to 999 of these, 20 usually (its published config).
 LOW_RES = ScheduleConfig(beta_start=0.0001, beta_end=0.02)
@@ -47,7 +47,7 @@ def upscale(job: Job, studio: Studio) -> Task:
 def _redrawn(large: np.ndarray, job: Job, studio: Studio) -> Task:
     """A picture (H, W, 3) uint8 drawn over in overlapping tiles of the job's width x height, blended in pixels.
 
-    The noise of all tiles is cut out of the whole picture's, so that tiles agree where they overlap.
+    The noise that tiles begin from is cut out of the whole picture's, so that they agree where they overlap.
     """
     model, tall, wide = studio.model, *large.shape[:2]
     height, width = (max(int(side or 0), 0) for side in (job.height, job.width))
@@ -59,7 +59,8 @@ def _redrawn(large: np.ndarray, job: Job, studio: Studio) -> Task:
     noise = noise_of(replace(job, height=rows, width=columns, noise_width=None, noise_height=None), model)()
     result = np.empty((job.count, *ground.shape), dtype=np.uint8)
     rows_of_tiles = _tiles(ground.shape[:2], (height, width), overlap_of(job), factor)
-    one = replace(job, upscale=None, resize="stretch", tile=None, overlap=None)
+    one = replace(job, upscale=None, resize="stretch", tile=None, overlap=None, seamless="")
+    number = 0
     steps = max(0, len(levels_of(one, model).sigmas) - 1)
     left_over = sum(len(row) for row in rows_of_tiles)
     band = np.zeros((job.count, height, columns, 3), dtype=np.float32)
@@ -68,7 +69,10 @@ def _redrawn(large: np.ndarray, job: Job, studio: Studio) -> Task:
             left_over -= 1
             area = (slice(top, top + height), slice(left, left + width))
             down, across = (slice(part.start // factor, part.stop // factor) for part in area)
-            cut = _Cut(noise[..., down, across], noise_of(one, model))
+            # the first noise is the whole picture's; what samplers add on the way is every tile's own
+            after = noise_of(replace(one, seed=(job.seed + 1 + number * STRIDE) % (MAX_SEED - job.count)), model)
+            cut = Begun(noise[..., down, across], after)
+            number += 1
             canvas = Canvas(ground[area], None, lambda drawn: drawn)
             drawn = yield from redraw_on(canvas, one, studio, noise=cut, later=left_over * steps)
             band[:, :, left : left + width] += drawn * weight[..., None]
@@ -93,21 +97,6 @@ def _tiles(
     return [[(top, left, down[:, None] * across) for left, across in sides[1]] for top, down in sides[0]]
 
 
-class _Cut:
-    """Noise whose first draw is given, as a part of a larger picture's; what follows is that of a picture's own."""
-
-    def __init__(self, first: Tensor, after: Noise) -> None:
-        self._first: Tensor | None = first
-        self._after = after
-
-    def __call__(self) -> Tensor:
-        found, self._first = self._first, None
-        return self._after() if found is None else found
-
-    def between(self, sigma: float, sigma_next: float) -> Tensor:
-        return self._after.between(sigma, sigma_next)
-
-
 @torch.inference_mode()
 def _by_latents(pixels: np.ndarray, job: Job, studio: Studio) -> Task:
     """The x4 upscaler: it sees the small picture, with a little noise, beside latents of the same size.
@@ -126,8 +115,9 @@ def _by_latents(pixels: np.ndarray, job: Job, studio: Studio) -> Task:
         over = noise.aside(tuple(low.shape))
     else:
         over = torch.randn(low.shape, generator=torch.Generator().manual_seed(job.seed)).to(model.device)
-    level = torch.tensor([LOW_RES_LEVEL], device=model.device)
+    number = min(LOW_RES_LEVEL, (model.family.unet.num_classes or 1) - 1)
+    level = torch.tensor([number], device=model.device)
     noisy, sigma = NoiseSchedule(LOW_RES).add_noise(low, over, level)
     seen = noisy * (1 + sigma.reshape(-1, 1, 1, 1) ** 2).rsqrt()
-    drawn = yield Scene(one, sigmas_of(one, model), concat=seen, label=LOW_RES_LEVEL, noise=noise)
+    drawn = yield Scene(one, sigmas_of(one, model), concat=seen, label=number, noise=noise)
     return studio.decode(drawn, one)[:, : tall * X4, : wide * X4]
