@@ -29,6 +29,8 @@ COMMANDS = {
     "merge": "merge checkpoints, or bake in an autoencoder",
     "prune": "write only what drawing needs",
     "extract-ema": "write the averaged weights of a training checkpoint",
+    "data": "choose, measure, score and check pictures to train on",
+    "train": "look after training runs",
 }
 
 

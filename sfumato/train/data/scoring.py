@@ -1,0 +1,190 @@
+"""Scores of pictures from their CLIP embeddings: the aesthetics predictors of LAION, in their public weight formats.
+
+Letters: N pictures, E width of an embedding. Embeddings come from clip-retrieval's .npy files or from a CLIP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from sfumato.models.clip import CLIPVisionConfig, VisionModel
+from sfumato.train.data.pictures import Pictures, read
+from sfumato.weights.files import open_tensors
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained with, Radford et al. 2021, its code
+STD = (0.26862954, 0.26130258, 0.27577711)
+HEAD_WIDTH = 64  # of every CLIP that is published
+
+
+class Predictor(nn.Module):
+    """Embeddings (N, E) of any length -> scores (N,): linear layers one after another, on unit vectors.
+
+    One is LAION's linear predictor, five (768-1024-128-64-16-1) are their improved one's, between which it has only
+    dropout in training and no non-linearity.
+    """
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def width(self) -> int:
+        """E, the width that it takes."""
+        return int(self.layers[0].in_features)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def forward(self, embeddings: Tensor) -> Tensor:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.width:
+            raise ValueError(f"embeddings={tuple(embeddings.shape)}: the predictor takes (N, {self.width})")
+        x = F.normalize(embeddings.float(), dim=-1)
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, 0]
+
+
+def load_predictor(path: str | Path) -> Predictor:
+    """A predictor's file: `weight` and `bias` (linear), or `layers.N.weight` and `.bias`, N counting dropouts as well.
+
+    ValueError where it holds anything else, or layers that do not fit on one another.
+    """
+    with open_tensors(path) as file:
+        tensors = {name: file.read(name).float().clone() for name in file.names()}
+    if set(tensors) == {"weight", "bias"}:
+        numbers = [""]
+    else:
+        found = {re.fullmatch(r"(layers\.\d+\.)(weight|bias)", name) for name in tensors}
+        if None in found or not found:
+            raise ValueError(f"predictor={str(path)!r}: weight and bias, or layers.N.weight and .bias, are needed")
+        numbers = sorted({match[1] for match in found if match}, key=lambda name: int(name.split(".")[1]))
+    layers: list[nn.Linear] = []
+    for prefix in numbers:
+        weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
+        before = layers[-1].out_features if layers else None
+        if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError(f"predictor={str(path)!r}: {prefix}weight and {prefix}bias do not belong together")
+        if before not in (None, weight.shape[1]):
+            raise ValueError(f"predictor={str(path)!r}: {prefix}weight takes {weight.shape[1]} numbers, gets {before}")
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layers.append(layer)
+    if layers[-1].out_features != 1:
+        raise ValueError(f"predictor={str(path)!r}: it gives {layers[-1].out_features} numbers, not one score")
+    return Predictor(layers).eval()
+
+
+def embedding_files(path: str | Path) -> list[Path]:
+    """A path's .npy files in clip-retrieval's order: the file, or img_emb_0.npy, img_emb_1.npy, ... of a folder."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    folder = path / "img_emb" if (path / "img_emb").is_dir() else path
+    files = sorted(folder.glob("*.npy"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.stem)])
+    if not files:
+        raise ValueError(f"embeddings={str(path)!r}: no .npy files there")
+    return files
+
+
+def stored_embeddings(path: str | Path) -> Iterator[np.ndarray]:
+    """Embeddings (n, E), file by file, mapped into memory. ValueError names a file that has none."""
+    for file in embedding_files(path):
+        try:
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"embeddings={str(file)!r}: not a readable .npy file ({error})") from error
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"embeddings={str(file)!r}: not a readable .npy file (an archive of several)")
+        if found.ndim != 2 or found.dtype.kind != "f":
+            raise ValueError(f"embeddings={str(file)!r}: {found.dtype} {found.shape}; numbers (N, E) are needed")
+        yield found
+
+
+class ImageTower(nn.Module):
+    """CLIP's image side alone, with the names of its published weights: images (B, 3, S, S) -> (B, E), unit vectors."""
+
+    def __init__(self, config: CLIPVisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionModel(config)
+        self.visual_projection = nn.Linear(config.width, embed_dim, bias=False)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.visual_projection(self.vision_model(images)), dim=-1)
+
+
+def load_tower(path: str | Path, quick_gelu: bool = True) -> ImageTower:
+    """The image tower of a CLIP file (names of CLIPModel: vision_model.*, visual_projection.weight); its shape is read.
+
+    quick_gelu: OpenAI's; OpenCLIP's larger ones have the exact one. ValueError names what lacks.
+    """
+    with open_tensors(path) as file:
+        names = [name for name in file.names() if name.startswith(("vision_model.", "visual_projection."))]
+        wanted = {"visual_projection.weight", "vision_model.embeddings.patch_embedding.weight"}
+        if lacking := sorted(wanted - set(names)):
+            raise ValueError(f"clip={str(path)!r}: no tensor {lacking[0]}; the weights of a CLIPModel are needed")
+        patches = file.shape("vision_model.embeddings.patch_embedding.weight")
+        places = file.shape("vision_model.embeddings.position_embedding.weight")[0] - 1
+        layers = {int(name.split(".")[3]) for name in names if name.startswith("vision_model.encoder.layers.")}
+        config = CLIPVisionConfig(
+            image_size=round(places**0.5) * patches[2],
+            patch_size=patches[2],
+            width=patches[0],
+            num_layers=len(layers),
+            num_heads=max(1, patches[0] // HEAD_WIDTH),
+            quick_gelu=quick_gelu,
+        )
+        tower = ImageTower(config, file.shape("visual_projection.weight")[0])
+        state = {name: file.read(name).float() for name in names if not name.endswith("position_ids")}
+    try:
+        tower.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"clip={str(path)!r}: not a CLIP of a known shape ({' '.join(str(error).split())})") from error
+    return tower.eval()
+
+
+def prepared(pixels: np.ndarray, size: int) -> Tensor:
+    """(H, W, 3) uint8 -> (3, size, size): the shorter side resized (bicubic), the middle, normalised, as CLIP's own."""
+    tall, wide = pixels.shape[:2]
+    scale = size / min(tall, wide)
+    new = (max(size, int(wide * scale)), max(size, int(tall * scale)))
+    image = Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    cut = np.array(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    normal = (cut - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
+    return torch.from_numpy(normal).permute(2, 0, 1)
+
+
+def scores_of_stored(predictor: Predictor, path: str | Path, batch_size: int = 4096) -> np.ndarray:
+    """Scores (N,) of stored embeddings, in their order."""
+    found = []
+    for embeddings in stored_embeddings(path):
+        for start in range(0, len(embeddings), batch_size):
+            piece = np.array(embeddings[start : start + batch_size], dtype=np.float32)
+            found.append(predictor(torch.from_numpy(piece)).numpy())
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.float32)
+
+
+def scores_of_pictures(
+    predictor: Predictor, tower: ImageTower, pictures: Pictures, batch_size: int = 32
+) -> Iterator[tuple[int, float]]:
+    """(number, score) of every picture that can be read; the others are in the pictures' report."""
+    size = tower.config.image_size
+    numbers: list[int] = []
+    images: list[Tensor] = []
+    for index in range(len(pictures)):
+        got = read(pictures, index, (size, size), need_caption=False)
+        if got is not None:
+            numbers.append(index)
+            images.append(prepared(got[0], size))
+        if images and (len(images) == batch_size or index == len(pictures) - 1):
+            scores = predictor(tower(torch.stack(images))).tolist()
+            yield from zip(numbers, scores, strict=True)
+            numbers, images = [], []

@@ -1,0 +1,55 @@
+"""Optimisers of a training run, and the scale of the loss in half precision. Knows no files and no ranks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from sfumato.train.config import LoopConfig
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with 32 or 8 bits a moment; norms and biases are not decayed.
+
+    ValueError where 8 bits are asked for and bitsandbytes is missing.
+    """
+    listed = list(parameters)
+    whole = [p for p in listed if p.ndim == 0]  # never spread over ranks, and a kernel takes only one kind
+    groups = [
+        {"params": [p for p in listed if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in listed if p.ndim == 1], "weight_decay": 0.0},
+        {"params": whole, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; or take adamw")
+    library = importlib.import_module("bitsandbytes")
+    return cast(torch.optim.Optimizer, library.optim.AdamW8bit(groups, lr=lr, betas=config.betas))
+
+
+@dataclass
+class LossScale:
+    """A factor on the loss that keeps gradients inside the range of float16 (Micikevicius et al. 2018, section 3.2).
+
+    Its numbers are those of torch's GradScaler. That one decides for one optimiser on one rank; here network and
+    critic, and all ranks, take or skip a step together.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+    GROW_AFTER = 2000  # steps
+
+    def update(self, overflow: bool) -> None:
+        """Halve after an overflow, double after 2,000 steps without one."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self.good_steps == self.GROW_AFTER:
+            self.value, self.good_steps = self.value * 2, 0
