@@ -10,7 +10,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: picture test lint parity bench clean
+.PHONY: picture test lint parity bench train-smoke clean
 
 picture: $(VENV)/.installed
 	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
@@ -28,6 +28,11 @@ parity: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/picture_seconds.py
+
+# All three trainers on 200 pictures that it draws itself, into runs/smoke; each loss must fall by a stated share.
+train-smoke: $(VENV)/.installed
+	rm -rf runs/smoke
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m recipes.smoke.train --out runs/smoke
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -90,10 +90,10 @@ def test_the_network_sees_the_same_in_training_and_in_sampling(prediction: str) 
 @settings(deadline=None)
 @given(t=TIMESTEPS)
 def test_min_snr_weights_are_those_of_hang_et_al(gamma: float, t: list[int]) -> None:
-    """Hang et al. 2023: min(SNR, gamma) / SNR for the noise, / (SNR + 1) for v; SNR = abar / (1 - abar)."""
+    """Hang et al. 2023: min(SNR, gamma) / SNR for the noise, / (SNR + 1) for v, / 1 for x0; SNR = abar / (1 - abar)."""
     abar = SCHEDULE.alphas_cumprod[t]
     snr = abar / (1 - abar)
-    for prediction, below in (("eps", snr), ("v", snr + 1)):
+    for prediction, below in (("eps", snr), ("v", snr + 1), ("sample", np.ones_like(snr))):
         model = denoiser(prediction, torch.zeros_like(X0))
         plain = model.loss(X0, NOISE, torch.tensor(t), None)
         weighed = model.loss(X0, NOISE, torch.tensor(t), None, min_snr_gamma=gamma)
@@ -105,3 +105,18 @@ def test_min_snr_weights_are_those_of_hang_et_al(gamma: float, t: list[int]) -> 
 def test_an_unknown_prediction_is_refused_with_the_names(prediction: str) -> None:
     with pytest.raises(ValueError, match=f"prediction='{prediction}': one of eps, v"):
         Denoiser(lambda x, t, cond: x, SCHEDULE, prediction)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_network_may_be_shown_more_noise_than_it_is_asked_for(prediction: str) -> None:
+    """Ning et al. 2023: the input is perturbed, the target is not."""
+    t, more = torch.tensor([3, 500, 999]), NOISE + 0.1 * X0.flip(0)
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, cond: None) -> Tensor:
+        seen.append(x)
+        return definition(prediction, SCHEDULE.alphas_cumprod[t])
+
+    assert Denoiser(network, SCHEDULE, prediction).loss(X0, NOISE, t, None, shown_noise=more).max() < 1e-10
+    x, sigma = SCHEDULE.add_noise(X0, more, t)
+    torch.testing.assert_close(seen[0], x / (1 + column(sigma.numpy()).square()).sqrt())

@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     with torch.no_grad():
         objective.network.time_embed[0].weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
-        fit(objective, Latents(), CONFIG, tmp_path)
+        fit(objective, Latents(), replace(CONFIG, nan_patience=3), tmp_path)
 
 
 def test_ema_follows_its_formula(tmp_path):

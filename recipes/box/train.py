@@ -157,7 +157,7 @@ def train_diffusion(options: Options) -> None:
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
     context = states if options.train_text else frozen(states)
     objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig())
-    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, decay="cosine", save_every=500)
+    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, decay="cosine", checkpoint_every=500)
     if options.start and not state_path(options.run).exists():
         weights = network.state_dict() | ema_weights(state_path(options.start))
         begin(options.run, weights, options.start)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.diffusion.schedule import NoiseSchedule
 
-PREDICTIONS = ("eps", "v")
+PREDICTIONS = ("eps", "v", "sample")  # the noise, v, x0 itself; "sample" is diffusers' word
 C = TypeVar("C")
 
 
@@ -24,7 +24,7 @@ def _column(values: list[float] | Tensor, like: Tensor) -> Tensor:
 
 
 class Denoiser(Generic[C]):
-    """`network(x_in (B, C, h, w), t (B,), cond) -> (B, C, h, w)`, a prediction of the noise ("eps") or of v ("v")."""
+    """`network(x_in (B, C, h, w), t (B,), cond) -> (B, C, h, w)`, a prediction of the noise, of v or of x0."""
 
     def __init__(
         self, network: Callable[[Tensor, Tensor, C], Tensor], schedule: NoiseSchedule, prediction: str
@@ -43,6 +43,8 @@ class Denoiser(Generic[C]):
         return self._x0(x, column, self.network(x * c_in, t, cond).float())
 
     def _x0(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
+        if self.prediction == "sample":
+            return out
         if self.prediction == "eps":
             return x - sigma * out
         # Salimans & Ho 2022, appendix D: x0 = alpha z - sigma_vp v with alpha = c_in and z = c_in x.
@@ -50,20 +52,32 @@ class Denoiser(Generic[C]):
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the network should answer for x = x0 + sigma noise; sigma (B,)."""
+        if self.prediction == "sample":
+            return x0
         if self.prediction == "eps":
             return noise
         column = _column(sigma, x0)
         return (noise - column * x0) * (1 + column.square()).rsqrt()  # v = alpha noise - sigma_vp x0
 
-    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, cond: C, min_snr_gamma: float | None = None) -> Tensor:
+    def loss(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        cond: C,
+        min_snr_gamma: float | None = None,
+        shown_noise: Tensor | None = None,
+    ) -> Tensor:
         """Squared error of the prediction, each picture's mean (B,), at integer timesteps t (B,).
 
-        `min_snr_gamma` weighs timesteps as Hang et al. 2023, equation 6 and its form for v; None leaves them equal.
+        `min_snr_gamma` weighs timesteps as Hang et al. 2023, equation 6 and its forms for v and x0; None leaves them
+        equal. The network is shown `shown_noise` where given, and still asked for `noise` (Ning et al. 2023).
         """
-        x, sigma = self.schedule.add_noise(x0, noise, t)
+        x, sigma = self.schedule.add_noise(x0, noise if shown_noise is None else shown_noise, t)
         out = self.network(x * (1 + _column(sigma, x).square()).rsqrt(), t, cond).float()
         error = (out - self.target(x0, noise, sigma)).square().mean(dim=(1, 2, 3))
         if min_snr_gamma is None:
             return error
         snr = sigma.pow(-2)
-        return error * snr.clamp(max=min_snr_gamma) / (snr if self.prediction == "eps" else snr + 1)
+        own = {"eps": snr, "v": snr + 1, "sample": torch.ones_like(snr)}[self.prediction]  # error = own * that of x0
+        return error * snr.clamp(max=min_snr_gamma) / own

@@ -1,15 +1,46 @@
-"""Objective of the KL autoencoder: absolute error of pixels and of their edges, and the KL term.
+"""Objective of the KL autoencoder: pixels, their edges, how pictures look, a critic's opinion, and the KL term.
 
-Rombach et al. 2022, section 3.1 and appendix G, so far without the perceptual and the adversarial terms.
+Esser et al. 2021, section 3.1; Rombach et al. 2022, section 3.1 and appendix G; the terms' order and schedule are
+those of ldm's LPIPSWithDiscriminator, but every term here is a mean over its numbers, not a sum. Knows no file.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from sfumato.models.autoencoder import Autoencoder
+from sfumato.models.autoencoder import Autoencoder, Posterior
+from sfumato.train.critic import adaptive_weight, adversarial, critic_hinge, held
 from sfumato.train.data import CaptionedBatch
+from sfumato.train.perceptual import Perceptual
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the terms, and what of the pictures and of the network takes part.
+
+    reconstruction = L1 + edge_weight * L1 of edges + perceptual_weight * perceptual; the loss is reconstruction /
+    exp(logvar) + logvar + kl_weight * KL a latent number (nats) + critic_weight * adaptive weight * adversarial, the
+    last from step `critic_start` on. ldm's KL weight w for sums is w * latent numbers / picture numbers here. `logvar`
+    is a constant, as in effect in ldm, whose optimisers do not hold it. `crop` (px, a multiple of the factor) trains on
+    a random crop of every picture. `decoder_only` leaves latents as they are: encoder and quant_conv do not change.
+    """
+
+    kl_weight: float = 3e-4
+    edge_weight: float = 0.5
+    perceptual_weight: float = 1.0
+    critic_weight: float = 0.5
+    critic_start: int = 50_000
+    logvar: float = 0.0
+    crop: int | None = None
+    decoder_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kl_weight", "edge_weight", "perceptual_weight", "critic_weight", "critic_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: 0 or more is needed")
 
 
 def initialise(network: Autoencoder, seed: int) -> Autoencoder:
@@ -33,23 +64,97 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=3), images.diff(dim=2)
 
 
-class AutoencoderObjective:
-    """loss = L1 + edge_weight * L1 of edges + kl_weight * KL a latent number (nats)."""
+def random_crops(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A place of its own for every picture: images (B, C, H, W) -> (B, C, size, size), in the same memory order."""
+    height, width = images.shape[-2:]
+    if not 1 <= size <= min(height, width):
+        raise ValueError(f"crop={size}: pictures are {width} x {height} px, 1 to {min(height, width)} is allowed")
+    tops = torch.randint(height - size + 1, (len(images),), generator=generator).tolist()
+    lefts = torch.randint(width - size + 1, (len(images),), generator=generator).tolist()
+    crops = [one[:, t : t + size, x : x + size] for one, t, x in zip(images, tops, lefts, strict=True)]
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
 
-    def __init__(self, network: Autoencoder, kl_weight: float = 3e-4, edge_weight: float = 0.5) -> None:
-        self.network = network
-        self.kl_weight = kl_weight
-        self.edge_weight = edge_weight
+
+class AutoencoderObjective:
+    """The loss of `network`, and of `critic` where there is one: it is trained beside, by an optimiser of its own.
+
+    `perceptual` and `critic` are optional; they must be on the network's device.
+    """
+
+    def __init__(
+        self,
+        network: Autoencoder,
+        config: AutoencoderLoss | None = None,
+        perceptual: Perceptual | None = None,
+        critic: nn.Module | None = None,
+    ) -> None:
+        self.config = AutoencoderLoss() if config is None else config
+        factor = network.config.factor
+        if self.config.crop is not None and self.config.crop % factor:
+            raise ValueError(f"crop={self.config.crop}: a multiple of the autoencoder's factor {factor} is needed")
+        self.network, self.perceptual, self.critic = network, perceptual, critic
+        self.step = 0
+        self._shown: tuple[Tensor, Tensor] | None = None  # what the critic judges after the network's backward
+        if self.config.decoder_only:
+            network.encoder.requires_grad_(False)
+            network.quant_conv.requires_grad_(False)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the objective which step, counted from 0, is about to be taken."""
+        self.step = step
 
     def loss(self, batch: CaptionedBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.network.encode(batch.pixels)
-        shape = posterior.mean.shape
-        noise = torch.randn(shape, generator=generator)
+        """The network's loss, and its terms unweighted; `psnr` is in dB over the whole batch."""
+        config, images = self.config, batch.pixels
+        if config.crop is not None:
+            images = random_crops(images, config.crop, generator)
+        posterior = self._encode(images)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
         output = self.network.decode(posterior.sample(noise))
-        absolute = (output - batch.pixels).abs().mean()
-        across, down = edges(output - batch.pixels)
+        reconstruction, figures = self._reconstruction(output, images)
+        kl = posterior.kl().mean() / noise[0].numel()
+        total = reconstruction + config.logvar + config.kl_weight * kl
+        if self.critic is not None:
+            self._shown = (images, output.detach())
+            if self.step >= config.critic_start:
+                against, weight = self._against(output, reconstruction)
+                total = total + config.critic_weight * weight * against
+                figures |= {"adversarial": against, "adaptive_weight": weight}
+        return total, figures | {"kl": kl}
+
+    def critic_loss(self, batch: CaptionedBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss on the pictures of the `loss` before it; 0, without gradients, before `critic_start`."""
+        if self.critic is None or self._shown is None:
+            raise ValueError("critic_loss: a critic, and a call of loss before, are needed")
+        (real, fake), self._shown = self._shown, None
+        if self.step < self.config.critic_start:
+            nothing = torch.stack([parameter.sum() for parameter in self.critic.parameters()]).sum() * 0.0
+            return nothing, {"critic": nothing}
+        on_real, on_fake = self.critic(real), self.critic(fake)
+        total = critic_hinge(on_real, on_fake)
+        return total, {"critic": total, "critic_real": on_real.mean(), "critic_fake": on_fake.mean()}
+
+    def _encode(self, images: Tensor) -> Posterior:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.decoder_only):
+            return self.network.encode(images)
+
+    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        absolute = (output - images).abs().mean()
+        across, down = edges(output - images)
         edge = across.abs().mean() + down.abs().mean()
-        kl = posterior.kl().mean() / shape[1:].numel()
-        total = absolute + self.edge_weight * edge + self.kl_weight * kl
-        psnr = 10 * torch.log10(4.0 / (output - batch.pixels).square().mean())  # peak to peak is 2 in [-1, 1]
-        return total, {"l1": absolute, "edge": edge, "kl": kl, "psnr": psnr}
+        total = absolute + self.config.edge_weight * edge
+        psnr = 10 * torch.log10(4.0 / (output - images).square().mean())  # peak to peak is 2 in [-1, 1]
+        figures = {"l1": absolute, "edge": edge, "psnr": psnr}
+        if self.perceptual is not None:
+            figures["perceptual"] = self.perceptual(output, images).mean()
+            total = total + self.config.perceptual_weight * figures["perceptual"]
+        return total / torch.tensor(self.config.logvar).exp().item(), figures
+
+    def _against(self, output: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The adversarial term, and its weight: 0 where no gradient is asked for and nothing can be weighed."""
+        assert self.critic is not None
+        with held(self.critic):
+            against = adversarial(self.critic(output))
+        if not output.requires_grad:
+            return against, against.new_zeros(())
+        return against, adaptive_weight(reconstruction, against, self.network.decoder.conv_out.weight)

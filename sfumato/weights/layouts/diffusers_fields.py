@@ -16,7 +16,7 @@ Configs = Mapping[str, Mapping[str, Any]]  # path in the folder -> its JSON
 
 INDEX, UNET, VAE = "model_index.json", "unet/config.json", "vae/config.json"
 SCHEDULER, LOW_RES = "scheduler/scheduler_config.json", "low_res_scheduler/scheduler_config.json"
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "sample": "sample"}
 BASE, REFINER = ("original", "crop", "target"), ("original", "crop", "aesthetic")  # XL's size conditions
 PLAIN_TEXT, PROJECTED_TEXT = "CLIPTextModel", "CLIPTextModelWithProjection"
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")  # with attention, without
