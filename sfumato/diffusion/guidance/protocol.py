@@ -89,7 +89,8 @@ def changed(cond: Cond, **state: Any) -> Cond:
 def skip(prediction: str, sigma: float) -> float:
     """c_skip of Karras et al. 2022, equation 7: what a network predicts is in proportion to c_skip x - x0.
 
-    1 where it predicts noise, 1 / (1 + sigma^2) where it predicts v, 0 where it predicts x0; the factor is the same for all x0 of one query.
+    1 where it predicts noise, 1 / (1 + sigma^2) where it predicts v, 0 where it predicts x0; the factor is the same for
+    all x0 of one query.
     """
     if prediction == "eps":
         return 1.0
