@@ -173,7 +173,7 @@ WRONG = [
     ("scheduler", "_class_name", "EDMEulerScheduler", "kin is needed"),
     ("scheduler", "beta_schedule", "linear", "'scaled_linear' is needed"),
     ("scheduler", "trained_betas", [0.1, 0.2], "None is allowed"),
-    ("scheduler", "prediction_type", "sample", "'epsilon' or 'v_prediction'"),
+    ("scheduler", "prediction_type", "flow", "'epsilon' or 'v_prediction' or 'sample'"),
     ("scheduler", "num_train_timesteps", 0, "above 0"),
     ("model_index", "_class_name", "AltDiffusionPipeline", "kin is needed"),
     ("model_index", "_class_name", ["mine", "Mine"], "kin is needed"),

@@ -170,6 +170,15 @@ def newest(folder: Path) -> Path:
     return found
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As every rank has: several threads sum in another order, and Adam makes much of what is tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_equals_one_rank(run: Path, state: State) -> None:
     """Parameters, averages and moments of a run of two ranks are those of one rank."""
     tensors, _ = load_tensors(newest(run))

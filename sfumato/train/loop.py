@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sfumato.train.batches import on_device
 from sfumato.train.checkpoints import Checkpoints, ema_weights, export_weights, model_weights
 from sfumato.train.config import LoopConfig
-from sfumato.train.data import Examples, indices_at
+from sfumato.train.data import Examples, Ordered, indices_at, indices_of
 from sfumato.train.distributed import Ranks, average_whole, clip_gradients, joined, spread, syncing
 from sfumato.train.guards import Lock, NotFiniteError, keep_bad_step, polite_stop, writable
 from sfumato.train.logs import GIB, RunLog, SavedActivations, cut_log, memory_line
@@ -193,6 +193,15 @@ def _prepare(folder: Path, step: int, num_bytes: int) -> None:
     cut_log(folder, step)
 
 
+def _indices(run: _Run, batch: int) -> list[int]:
+    """This rank's examples of batch number `batch`: in their own order, if they have one."""
+    config, ranks = run.config, run.ranks
+    if isinstance(run.examples, Ordered):
+        whole = config.batch_size * ranks.count
+        return indices_of(run.examples, batch, whole, config.seed, ranks.rank, ranks.count)
+    return indices_at(batch * ranks.count + ranks.rank, config.batch_size, len(run.examples), config.seed)
+
+
 def _train_step(run: _Run, stop: list[int]) -> tuple[dict[str, float], bool]:
     """One step; its figures, and whether any rank was asked to stop."""
     config, state, ranks = run.config, run.state, run.ranks
@@ -205,7 +214,7 @@ def _train_step(run: _Run, stop: list[int]) -> tuple[dict[str, float], bool]:
         number = (state.step * config.accumulate + part) * ranks.count + ranks.rank
         run.generator.manual_seed((config.seed << 32) + number)
         torch.manual_seed((config.seed << 32) + number)
-        indices = indices_at(number, config.batch_size, len(run.examples), config.seed)
+        indices = _indices(run, state.step * config.accumulate + part)
         batch = on_device(run.examples.batch(indices), run.device)
         batches.append((indices, batch))
         for key, value in _backward(run, batch, part == config.accumulate - 1).items():

@@ -1,0 +1,110 @@
+"""`sfumato train`: a checkpoint goes on with a person's own pictures, stops, goes on, and is drawn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.cli.main import main
+from sfumato.images import load_png
+from sfumato.pipeline import Pipeline
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A captioned folder: red and blue pictures of several shapes, one of them broken."""
+    place = tmp_path / "set"
+    place.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        colour = np.array([220, 30, 30] if index % 2 else [30, 30, 220])
+        pixels = (colour + rng.normal(0, 8, (16 + 4 * (index % 3), 20, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:02}.png")
+        (place / f"{index:02}.txt").write_text("a red wall" if index % 2 else "a blue wall", encoding="utf-8")
+    (place / "03.png").write_bytes(b"not a picture")
+    return place
+
+
+def train(ckpt: Path, what: str, folder: Path, run: Path, *flags: str) -> int:
+    return main(["train", what, "--ckpt", str(ckpt), "--data", str(folder), "--out", str(run), *flags])
+
+
+def losses(run: Path, figure: str = "loss") -> list[float]:
+    return [json.loads(line)[figure] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_diffusion_learns_stops_goes_on_and_draws(tiny_checkpoint, folder, tmp_path, capsys):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["--lr", "2e-3", "--warmup", "1", "--batch", "4", "--ema-decay", "0.5", "--crop", "random", "--flip"]
+    watched = ["--prompt", "a red wall", "--sample-every", "20"]
+    assert train(tiny_checkpoint, "diffusion", folder, run, "--steps", "20", *flags, *watched) == 0
+    assert capsys.readouterr().out.strip() == str(run / "model.safetensors")
+    assert sorted(path.name for path in run.glob("samples-*.png")) == ["samples-000000.png", "samples-000020.png"]
+    assert train(tiny_checkpoint, "diffusion", folder, run, "--steps", "40", *flags, *watched) == 0
+    assert train(tiny_checkpoint, "diffusion", folder, whole, "--steps", "40", *flags, *watched) == 0
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), "as if never stopped"
+    assert len(losses(run)) == 2, "a line every 20 steps, of both halves"
+    before, after = (Pipeline.from_pretrained(path) for path in (tiny_checkpoint, run / "model.safetensors"))
+    assert after.model.family == before.model.family
+    same = [
+        torch.equal(a, b) for a, b in zip(before.model.unet.parameters(), after.model.unet.parameters(), strict=True)
+    ]
+    assert not any(same[:4])
+    for name in ("autoencoder", "text"):
+        kept = zip(before.model.networks[name].parameters(), after.model.networks[name].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in kept), "what is not trained stays"
+    assert main(["txt2img", "--ckpt", str(run / "model.safetensors"), "--prompt", "x", "--outdir", str(tmp_path)]) == 0
+    load_png(tmp_path / "samples" / "00000.png")
+    assert main(["train", "status", str(run)]) == 0
+    assert "40" in capsys.readouterr().out
+
+
+def test_shapes_and_the_text_encoder(tiny_checkpoint, folder, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--steps", "3", "--batch", "2", "--buckets", "--train-text", "--min-snr", "5", "--offset-noise", "0.05"]
+    assert train(tiny_checkpoint, "diffusion", folder, run, *flags, "--lr", "1e-2", "--warmup", "0") == 0
+    before, after = (Pipeline.from_pretrained(path) for path in (tiny_checkpoint, run / "model.safetensors"))
+    texts = zip(before.model.texts[0].parameters(), after.model.texts[0].parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in texts)
+
+
+def test_the_decoder_alone(tiny_checkpoint, folder, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--steps", "40", "--batch", "4", "--lr", "5e-3", "--warmup", "1", "--decoder-only", "--random-crop", "8"]
+    assert train(tiny_checkpoint, "autoencoder", folder, run, *flags) == 0
+    first, last = losses(run, "l1")
+    assert last < first
+    before, after = (
+        Pipeline.from_pretrained(path).model.autoencoder for path in (tiny_checkpoint, run / "model.safetensors")
+    )
+    pairs = list(zip(before.named_parameters(), after.parameters(), strict=True))
+    assert all(torch.equal(a, b) for (name, a), b in pairs if name.startswith(("encoder", "quant_conv")))
+    assert not all(torch.equal(a, b) for (name, a), b in pairs if name.startswith("decoder"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], "data='nowhere': no such file or folder"),
+        (["--size", "17"], "size=17: a multiple of 4"),
+        (["--batch", "0"], "batch_size=0: 1 or more"),
+        (["--lr", "0"], "lr=0.0: a number above 0"),
+        (["--caption-drop", "2"], "caption_drop_prob=2"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_trained(tiny_checkpoint, folder, tmp_path, capsys, flags, words):
+    assert train(tiny_checkpoint, "diffusion", folder, tmp_path / "run", "--steps", "2", *flags) == 2
+    [line] = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert words in line
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_empty_set(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert train(tiny_checkpoint, "diffusion", tmp_path / "empty", tmp_path / "run", "--steps", "2") == 2
+    assert "error: data=" in capsys.readouterr().err
