@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sfumato.train.config import DECAYS, OPTIMIZERS, PRECISIONS, LoopConfig
 from sfumato.train.data import Pictures, bucket_sizes, open_pictures
 from sfumato.train.data.bucketed import CROPS
 from sfumato.train.diffusion import DiffusionConfig
+from sfumato.train.distributed import local_device
 from sfumato.train.logs import Status, status_of
 from sfumato.train.tuning import Shown, tune_autoencoder, tune_diffusion
 
@@ -87,7 +89,7 @@ def run_diffusion(args: argparse.Namespace) -> int:
     """`sfumato train diffusion`."""
     options = DiffusionConfig(args.caption_drop, args.min_snr, offset_noise=args.offset_noise)
     config = config_of(args, sample_every=args.sample_every if args.prompt else 0)
-    pictures, model = open_pictures(*args.data), load(args, args.device, "full").model
+    pictures, model = open_pictures(*args.data), load(args, device_of(args), "full").model
     shown = shown_of(args, model)
     path = tune_diffusion(model, pictures, args.out, shown, config, options, args.prompt, args.train_text)
     return _done(path, pictures)
@@ -97,7 +99,7 @@ def run_autoencoder(args: argparse.Namespace) -> int:
     """`sfumato train autoencoder`."""
     loss = AutoencoderLoss(perceptual_weight=0.0, crop=args.random_crop, decoder_only=args.decoder_only)
     config = config_of(args)
-    pictures, model = open_pictures(*args.data, need_captions=False), load(args, args.device, "full").model
+    pictures, model = open_pictures(*args.data, need_captions=False), load(args, device_of(args), "full").model
     return _done(tune_autoencoder(model, pictures, args.out, shown_of(args, model), config, loss), pictures)
 
 
@@ -119,6 +121,11 @@ def shown_of(args: argparse.Namespace, model: Model) -> Shown:
         bucket_sizes(size * size, max(step, size // 2 // step * step), 2 * size, step, size) if args.buckets else None
     )
     return Shown(size, buckets, args.crop, args.flip)
+
+
+def device_of(args: argparse.Namespace) -> str | None:
+    """The device asked for; under torchrun this rank's own."""
+    return str(local_device()) if args.device is None and "WORLD_SIZE" in os.environ else args.device
 
 
 def _done(path: Path, pictures: Pictures) -> int:
