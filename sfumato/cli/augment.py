@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sfumato.cli.drawing import pictures_in
 from sfumato.cli.job_flags import GROUPS, Texts, add_job_flags, job_from_flags, texts_from_flags
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.saving import draw_with_bar
 from sfumato.images import read_picture, save_png
 from sfumato.pipeline import Pipeline, recipe
@@ -38,8 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--prompt", metavar="TEXT", help="what all of them show (default: each one's caption, or nothing)")
     add("--seed", type=int, default=42, metavar="N", help="where the noise of all comes from (default: %(default)s)")
     add_model_flags(parser)
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
     add_job_flags(parser, without=WITHOUT)
 
 

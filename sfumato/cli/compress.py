@@ -6,13 +6,13 @@ Beside each path printed stand its bytes and what is lost, as PSNR in dB.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.evaluate.quality import psnr
 from sfumato.images import read_picture
+from sfumato.images.files import written_beside
 from sfumato.tasks.canvas import flat
 from sfumato.tasks.latent_file import compress, expand
 
@@ -28,8 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="steps towards the best latents: slow, nearer to the picture, larger (default: %(default)s)")  # fmt: skip
     add("--outdir", metavar="DIR", help=f"where NAME{ENDING} goes; replaced if there (default: beside the picture)")
     add_model_flags(parser)
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,12 +57,9 @@ def targets(names: Sequence[str], outdir: str | None, ending: str, field: str) -
 
 def save_bytes(path: Path, data: bytes) -> None:
     """Write beside, then rename; ValueError where the place cannot be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
+        with written_beside(path) as beside:
+            beside.write_bytes(data)
     except OSError as error:
         raise ValueError(f"outdir={str(path.parent)!r}: cannot be written ({error.strerror})") from error
-    finally:
-        beside.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.saving import Saver, draw_with_bar
 from sfumato.cli.seeing import Seeing, add_seeing_flags
 from sfumato.diffusion.samplers import SAMPLERS, find_sampler
@@ -104,8 +104,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
     add("--skip_save", action="store_true", help="save no single pictures")
     add("--laion400m", action="store_true", help="the older LAION-400M model's places of files")
     add("--config", metavar="FILE", help="accepted; the model's shape is read from the checkpoint")
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
     more = ("image", "strength", "mask") if style.takes_image else ()
     add_job_flags(parser, without=(*OWN_FLAGS, *style.without, *more))
     add_seeing_flags(parser)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.saving import Saver
 from sfumato.images import read_picture
 from sfumato.images.fitting import fitted
@@ -46,8 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--null-rounds", type=int, default=10, metavar="N", help="of learning, a step (default: %(default)s)")
     add("--null-rate", type=float, default=0.05, metavar="X", help="and its rate (default: %(default)s)")
     add_model_flags(parser)
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
     add("--outdir", metavar="DIR", default="outputs/edit-samples", help="(default: %(default)s)")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sfumato.cli.compress import targets
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.images import save_png
 from sfumato.tasks.latent_file import expand
 
@@ -20,8 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--any-model", action="store_true", help="also where another model wrote the file, with the same autoencoder")
     add("--outdir", metavar="DIR", help=f"where NAME{ENDING} goes; replaced if there (default: beside the file)")
     add_model_flags(parser)
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,6 +25,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "is free) by half precision, slices, tiles, moving networks; the plan is told first")  # fmt: skip
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """--precision and --device, of every command that draws, encodes or decodes."""
+    add = parser.add_argument
+    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+
+
 def family_flag(args: argparse.Namespace) -> Family | None:
     """The family that --family names; "auto" forgets what was remembered for the file."""
     if args.family is None:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.families import Model
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
@@ -55,8 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--read", metavar="FILE.png", help="draw nothing: write the cells of this plot to --cells")
     add_model_flags(parser)
     add = parser.add_argument
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add_device_flags(parser)
     add_job_flags(parser, defaults={"seed": 42})
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,18 @@ def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_beside(path) as beside:
         Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
         if new:
             path.touch(exist_ok=False)  # claims the name
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A hidden place beside `path` to write to, which becomes it at the end; after an error nothing is left."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

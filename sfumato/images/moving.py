@@ -5,7 +5,6 @@ Knows nothing of models. Letters: n frames, H W pixels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfumato.images.files import written_beside
 from sfumato.images.pixels import grid
 
 FORMATS = {".gif": "GIF", ".webp": "WEBP"}
@@ -75,9 +75,5 @@ def save_moving(
         options |= {"lossless": True, "loop": loop}
     elif loop != 1:  # a GIF counts showings after the first, and without the count is shown once
         options["loop"] = max(0, loop - 1)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_beside(path) as beside:
         pictures[0].save(beside, format=format, save_all=True, append_images=pictures[1:], **options)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -18,10 +18,10 @@ import numpy as np
 from sfumato.diffusion.samplers import find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Family
+from sfumato.weights.layouts.diffusers_fields import PREDICTIONS
 
 log = logging.getLogger(__name__)
 
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "sample": "sample"}
 # Schedulers that keep latents in variance-preserving scale, x / sqrt(1 + sigma^2); the others' are x itself.
 VARIANCE_PRESERVING = {
     *("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler", "IPNDMScheduler"),
@@ -159,7 +159,7 @@ def _trained(family: Family) -> dict[str, Any]:
         "beta_start": family.schedule.beta_start,
         "beta_end": family.schedule.beta_end,
         "beta_schedule": "scaled_linear",
-        "prediction_type": PREDICTION_TYPES[family.prediction],
+        "prediction_type": PREDICTIONS[family.prediction],
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,

@@ -5,13 +5,13 @@ Letters: x (B, C, h, w) holds noise of level sigma; `clean` is the picture's lat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 from torch import Tensor
 
-from sfumato.diffusion.samplers.registry import Steps
-from sfumato.types import Answer
+from sfumato.diffusion.samplers.registry import Steps, passed_through
+from sfumato.types import Answer, Query
 
 Free = Callable[[float], Tensor]  # sigma -> (1 or B, 1, h, w) in [0, 1]: how free each cell is at that level
 
@@ -23,23 +23,19 @@ def masked(steps: Steps, clean: Tensor, free: Free) -> Steps:
     included: what RePaint (Lugmayr et al. 2022, algorithm 1) and diffusers write into x after each step. A mask that
     frees more from step to step is differential diffusion (Levin & Fried 2023).
     """
-    reply: Answer | None = None
-    try:
-        while True:
-            query = steps.send(reply)  # type: ignore[arg-type]
-            answer = yield query
-            share = free(query.sigma)
 
-            def kept(x0: Tensor, share: Tensor = share) -> Tensor:
-                return clean + share * (x0 - clean)
+    def ask(query: Query) -> Generator[Query, Answer, Answer]:
+        answer = yield query
+        share = free(query.sigma)
 
-            uncond = None if answer.uncond is None else kept(answer.uncond)
-            cond = None if answer.cond is None else kept(answer.cond)
-            reply = replace(answer, x0=kept(answer.x0), uncond=uncond, cond=cond)
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        steps.close()
+        def kept(x0: Tensor) -> Tensor:
+            return clean + share * (x0 - clean)
+
+        uncond = None if answer.uncond is None else kept(answer.uncond)
+        cond = None if answer.cond is None else kept(answer.cond)
+        return replace(answer, x0=kept(answer.x0), uncond=uncond, cond=cond)
+
+    return passed_through(steps, ask)
 
 
 def hard(mask: Tensor) -> Free:
@@ -67,19 +63,16 @@ def renoised(steps: Steps, clean: Tensor, free: Tensor, noise: Tensor) -> Steps:
     diffusers' inpainting pipelines write that into x after each step, also where a sampler adds fresh noise and where
     x began from noise alone.
     """
-    reply: Answer | None = None
     is_first = True
-    try:
-        while True:
-            query = steps.send(reply)  # type: ignore[arg-type]
-            if not is_first:
-                query = replace(query, x=(1 - free) * (clean + query.sigma * noise) + free * query.x)
-            is_first = False
-            reply = yield query
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        steps.close()
+
+    def ask(query: Query) -> Generator[Query, Answer, Answer]:
+        nonlocal is_first
+        if not is_first:
+            query = replace(query, x=(1 - free) * (clean + query.sigma * noise) + free * query.x)
+        is_first = False
+        return (yield query)
+
+    return passed_through(steps, ask)
 
 
 def ended(steps: Steps, clean: Tensor, free: Free, sigma: float) -> Steps:

@@ -138,3 +138,16 @@ def drive(steps: Steps, denoise: Callable[[Query], Answer]) -> Tensor:
         except StopIteration as stop:
             return stop.value
         reply = denoise(query)
+
+
+def passed_through(steps: Steps, ask: Callable[[Query], Generator[Query, Answer, Answer]]) -> Steps:
+    """The sampler `steps` with each of its queries answered by `ask`, which may edit or split it; closed with it."""
+    try:
+        query = next(steps)
+        while True:
+            answer = yield from ask(query)
+            query = steps.send(answer)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        steps.close()

@@ -8,13 +8,13 @@ Letters: B pictures, C latent channels, h w latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.samplers.registry import Steps
+from sfumato.diffusion.samplers.registry import Steps, passed_through
 from sfumato.types import Answer, Query
 
 
@@ -38,7 +38,7 @@ def tiled(steps: Steps, tile: int, overlap: int, seamless: tuple[bool, bool] = (
         raise ValueError(f"tile={tile}: 2 cells or more are needed")
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap={overlap}: 0 to {tile - 1} cells, less than the tile, are allowed")
-    return _drive(steps, lambda query: _ask(query, tile, overlap, seamless))
+    return passed_through(steps, lambda query: _ask(query, tile, overlap, seamless))
 
 
 def crop(x: Tensor, window: tuple[int, int, int, int]) -> Tensor:
@@ -49,19 +49,6 @@ def crop(x: Tensor, window: tuple[int, int, int, int]) -> Tensor:
         for start, size, whole in zip((top, left), (height, width), x.shape[-2:], strict=True)
     )
     return x[..., rows[:, None], columns]
-
-
-def _drive(steps: Steps, ask: Callable[[Query], Generator[Query, Answer, Answer]]) -> Steps:
-    """The inner sampler with each of its queries answered by `ask`; closed with it."""
-    try:
-        query = next(steps)
-        while True:
-            answer = yield from ask(query)
-            query = steps.send(answer)
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        steps.close()
 
 
 def _ask(query: Query, tile: int, overlap: int, seamless: tuple[bool, bool]) -> Generator[Query, Answer, Answer]:
