@@ -51,6 +51,20 @@ GROUNDS = (
     ", {c} background", ", {c} background", " on {c}", " on a plain {c} background", " against a {c} background",
 )  # fmt: skip
 
+# {a} stands so to {b}; a repeated line is drawn more often.
+RELATIONS: dict[str, tuple[str, ...]] = {
+    "left": ("{a} to the left of {b}", "{a} to the left of {b}", "{a} left of {b}"),
+    "right": ("{a} to the right of {b}", "{a} to the right of {b}", "{a} right of {b}"),
+    "above": ("{a} above {b}", "{a} above {b}", "{a} over {b}"),
+    "below": ("{a} below {b}", "{a} below {b}", "{a} under {b}"),
+}
+SCENE_STYLES = {
+    "3d": ("3d render of {s}", "{s}, 3d", "{s}, 3d render"),
+    "flat": ("flat icon of {s}", "{s}, flat style", "{s}, flat"),
+    "cartoon": ("cartoon of {s}", "{s}, cartoon style", "{s}, cartoon"),
+    "sticker": ("sticker of {s}", "{s}, sticker"),
+}
+
 
 def choose_background(rng: np.random.Generator, visible: Sequence[str] = tuple(BACKGROUNDS)) -> tuple[str, bool]:
     """A background name among `visible`, and whether the caption says it."""
@@ -91,6 +105,20 @@ def _fill(template: str, name: str) -> str:
     return text
 
 
+def _on_ground(text: str, background: str | None, rng: np.random.Generator) -> str:
+    """The caption with its background said, in one of the phrasings."""
+    if background is None:
+        return text
+    ground = _pick(rng, GROUNDS)
+    if "," in text:
+        ground = ", {c} background"  # "octopus, 3d on blue" reads badly
+    colour = "grey" if background == "gray" and rng.random() < 0.2 else background
+    ground = ground.format(c=colour)
+    if colour[0] in "aeiou":
+        ground = ground.replace(" a orange", " an orange")
+    return text + ground
+
+
 def caption_of(
     names: Sequence[str], tags: Sequence[str], style: str, background: str | None, rng: np.random.Generator
 ) -> str:
@@ -102,14 +130,23 @@ def caption_of(
     text = _fill(_pick(rng, templates), name)
     if tags and len(names) == 1 and rng.random() < TAG_PROB:
         text = f"{text}, {_pick(rng, tags)}"
-    if background is not None:
-        ground = _pick(rng, GROUNDS)
-        if "," in text:
-            ground = ", {c} background"  # "octopus, 3d on blue" reads badly
-        colour = "grey" if background == "gray" and rng.random() < 0.2 else background
-        ground = ground.format(c=colour)
-        if colour[0] in "aeiou":
-            ground = ground.replace(" a orange", " an orange")
-        text += ground
+    text = _on_ground(text, background, rng)
     text = text.lower()
     return text[0].upper() + text[1:] if rng.random() < CAPITAL_PROB else text
+
+
+def scene_caption(
+    names: tuple[Sequence[str], Sequence[str]],
+    relation: str,
+    style: str,
+    background: str | None,
+    rng: np.random.Generator,
+) -> str:
+    """A caption such as `a cat to the left of a pizza on a green background`; `background` None is left unsaid."""
+    first, second = (one[0] if len(one) == 1 or rng.random() < MAIN_NAME_PROB else _pick(rng, one[1:]) for one in names)
+    how = rng.random()
+    first = _fill(_pick(rng, (f"{style} {{n}}", f"a {style} {{n}}")), first) if how < 0.3 else with_article(first)
+    text = _pick(rng, RELATIONS[relation]).format(a=first, b=with_article(second))
+    if how >= 0.3 + SILENT_STYLE_PROB:
+        text = _pick(rng, SCENE_STYLES[style]).format(s=text)
+    return _on_ground(text, background, rng).lower()

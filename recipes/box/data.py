@@ -27,12 +27,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, shade
-from recipes.box.things import COMMON, CORE, names_of
+from recipes.box.captions import BACKGROUNDS, RELATIONS, caption_of, choose_background, scene_caption, shade
+from recipes.box.things import BOX, COMMON, CORE, HELD_OUT, names_of
 
 log = logging.getLogger(__name__)
 
 SAMPLES_PER_SHARD = 2000
+SCENE = -1  # in the order of the pictures: one of two things
 MIN_STYLES = 3  # a thing must be drawn in at least this many of the four styles
 GROUPS = {3: "animals-nature", 4: "food-drink", 5: "travel-places", 6: "activities", 7: "objects"}  # emojibase numbers
 LABELS = "emojibase-data@17.0.0"
@@ -125,8 +126,8 @@ def read_things(labels: Path) -> list[Thing]:
 
 
 def choose_things(things: list[Thing], which: str, drawn: dict[str, set[str]]) -> list[Thing]:
-    """`all`, `common` or `core` things that at least `MIN_STYLES` sets draw; `drawn` is style -> code points."""
-    lists = {"common": set(COMMON), "core": set(CORE)}
+    """`all`, `common`, `core` or `box` things that at least `MIN_STYLES` sets draw; `drawn` is style -> code points."""
+    lists = {"common": set(COMMON), "core": set(CORE), "box": set(BOX)}
     if which != "all" and which not in lists:
         raise ValueError(f"things: {which!r} is not known; allowed: {', '.join(lists)}, all")
     kept = [t for t in things if sum(t.codepoint in points for points in drawn.values()) >= MIN_STYLES]
@@ -212,22 +213,40 @@ def load_sprites(which: str, size: int, cache: Path) -> list[Sprite]:
     return sprites
 
 
-def compose(rgba: np.ndarray, size: int, colour: tuple[int, int, int], box: float, dx: float, dy: float) -> Image.Image:
-    """RGB picture of `size` pixels: the sprite fitted to `box` (share of the side), moved by `dx`, `dy` (shares)."""
+def fitted(rgba: np.ndarray, longest: int) -> np.ndarray:
+    """The sprite with its longest side at `longest` pixels, colours premultiplied: float32 `(h, w, 4)`, 0 to 255."""
     height, width = rgba.shape[:2]
-    scale = box * size / max(height, width)
+    scale = longest / max(height, width)
     new = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Premultiplied ("RGBa"), so that the colour of transparent pixels does not leak into the edge.
-    sprite = Image.fromarray(rgba, "RGBA").convert("RGBa").resize(new, Image.Resampling.BICUBIC)
-    premultiplied = np.asarray(sprite, dtype=np.float32)
-    left = int(np.clip(round((size - new[0]) / 2 + dx * size), 0, size - new[0]))
-    top = int(np.clip(round((size - new[1]) / 2 + dy * size), 0, size - new[1]))
-    out = np.empty((size, size, 3), np.float32)
-    out[:] = colour
-    window = out[top : top + new[1], left : left + new[0]]
+    return np.asarray(Image.fromarray(rgba, "RGBA").convert("RGBa").resize(new, Image.Resampling.BICUBIC), np.float32)
+
+
+def put(canvas: np.ndarray, sprite: np.ndarray, x: float, y: float) -> None:
+    """Lay a premultiplied sprite over `canvas (h, w, 3)`, its middle near (x, y) in shares, wholly inside."""
+    size, (height, width) = canvas.shape[0], sprite.shape[:2]
+    left = int(np.clip(round(x * size - width / 2), 0, size - width))
+    top = int(np.clip(round(y * size - height / 2), 0, size - height))
+    window = canvas[top : top + height, left : left + width]
     # Porter and Duff 1984, "over" with premultiplied colour.
-    window[:] = premultiplied[..., :3] + window * (1 - premultiplied[..., 3:] / 255)
-    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8), "RGB")
+    window[:] = sprite[..., :3] + window * (1 - sprite[..., 3:] / 255)
+
+
+def canvas_of(size: int, colour: tuple[int, int, int]) -> np.ndarray:
+    """`(size, size, 3)` float32 of one colour."""
+    return np.full((size, size, 3), colour, np.float32)
+
+
+def picture_of(canvas: np.ndarray) -> Image.Image:
+    """RGB picture of a canvas."""
+    return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), "RGB")
+
+
+def compose(rgba: np.ndarray, size: int, colour: tuple[int, int, int], box: float, dx: float, dy: float) -> Image.Image:
+    """RGB picture of `size` pixels: the sprite fitted to `box` (share of the side), moved by `dx`, `dy` (shares)."""
+    canvas = canvas_of(size, colour)
+    put(canvas, fitted(rgba, round(box * size)), 0.5 + dx, 0.5 + dy)
+    return picture_of(canvas)
 
 
 # ---- samples and shards --------------------------------------------------------------------------------------
@@ -240,7 +259,40 @@ def make_sample(sprite: Sprite, size: int, rng: np.random.Generator) -> tuple[Im
     dx, dy = rng.uniform(-0.04, 0.04, 2)
     picture = compose(sprite.rgba, size, shade(background, rng), box, dx, dy)
     caption = caption_of(sprite.thing.names, sprite.thing.tags, sprite.art.style, background if said else None, rng)
-    facts = {
+    facts = facts_of(sprite, background)
+    return picture, caption, facts
+
+
+def make_scene(sprites: list[Sprite], size: int, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, str]]:
+    """Two different things of one style in a relation: picture, caption and the facts about it."""
+    first = sprites[int(rng.integers(len(sprites)))]
+    alike = [s for s in sprites if s.art is first.art and s.thing is not first.thing and common(s, first)]
+    second = alike[int(rng.integers(len(alike)))]
+    relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
+    background, said = choose_background(rng, common(first, second))
+    canvas = canvas_of(size, shade(background, rng))
+    apart = rng.uniform(0.235, 0.255)
+    side = -apart if relation in ("left", "above") else apart
+    along = 0 if relation in ("left", "right") else 1
+    for sprite, shift in ((first, side), (second, -side)):
+        middle = 0.5 + rng.uniform(-0.03, 0.03, 2)
+        middle[along] += shift
+        put(canvas, fitted(sprite.rgba, round(rng.uniform(0.40, 0.46) * size)), middle[0], middle[1])
+    names = (first.thing.names, second.thing.names)
+    caption = scene_caption(names, relation, first.art.style, background if said else None, rng)
+    facts = facts_of(first, background)
+    facts |= {"second": second.thing.names[0], "second_label": second.thing.label, "relation": relation}
+    return picture_of(canvas), caption, facts
+
+
+def common(a: Sprite, b: Sprite) -> tuple[str, ...]:
+    """The backgrounds on which both can be seen."""
+    return tuple(name for name in a.visible if name in b.visible)
+
+
+def facts_of(sprite: Sprite, background: str) -> dict[str, str]:
+    """What is known of a picture with this sprite."""
+    return {
         "thing": sprite.thing.names[0],
         "label": sprite.thing.label,
         "style": sprite.art.style,
@@ -249,7 +301,6 @@ def make_sample(sprite: Sprite, size: int, rng: np.random.Generator) -> tuple[Im
         "licence": sprite.art.licence,
         "codepoint": sprite.thing.codepoint,
     }
-    return picture, caption, facts
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -258,14 +309,23 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def build(out: Path, size: int, which: str, per_picture: int, seed: int, cache: Path) -> dict[str, Any]:
-    """Writes the shards and then `summary.json`; returns the summary. Old shards in `out` are removed first."""
-    for name, value, low in (("size", size, 16), ("per-picture", per_picture, 1), ("seed", seed, 0)):
+def build(
+    out: Path, size: int, which: str, per_picture: int, seed: int, cache: Path, scenes: int = 0, held_out: bool = False
+) -> dict[str, Any]:
+    """Writes the shards and then `summary.json`; returns the summary. Old shards in `out` are removed first.
+
+    `scenes` pictures of two things are added. `held_out` builds from the (thing, style) pairs that `box` leaves out.
+    """
+    lowest = {"size": (size, 16), "per-picture": (per_picture, 1), "seed": (seed, 0), "scenes": (scenes, 0)}
+    for name, (value, low) in lowest.items():
         if value < low:
             raise ValueError(f"{name}: {value} is too small; at least {low}")
     start = time.monotonic()
     sprites = load_sprites(which, size, cache)
-    order = np.random.default_rng([seed, 0]).permutation(np.repeat(np.arange(len(sprites)), per_picture))
+    if which == "box":
+        sprites = [s for s in sprites if ((s.thing.label, s.art.style) in HELD_OUT) is held_out]
+    singles = np.repeat(np.arange(len(sprites)), per_picture)
+    order = np.random.default_rng([seed, 0]).permutation(np.append(singles, np.full(scenes, SCENE)))
     out.mkdir(parents=True, exist_ok=True)
     for old in (out / "summary.json", *out.glob("train-*.tar")):
         old.unlink(missing_ok=True)
@@ -278,7 +338,11 @@ def build(out: Path, size: int, which: str, per_picture: int, seed: int, cache: 
             with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
                 for index in range(first, min(first + SAMPLES_PER_SHARD, len(order))):
                     rng = np.random.default_rng([seed, 1, index])
-                    picture, caption, facts = make_sample(sprites[order[index]], size, rng)
+                    picture, caption, facts = (
+                        make_scene(sprites, size, rng)
+                        if order[index] == SCENE
+                        else make_sample(sprites[order[index]], size, rng)
+                    )
                     png = io.BytesIO()
                     picture.save(png, "PNG", compress_level=1)
                     _add(tar, f"{index:07d}.png", png.getvalue())
@@ -296,10 +360,11 @@ def build(out: Path, size: int, which: str, per_picture: int, seed: int, cache: 
         "things": len({s.thing.codepoint for s in sprites}),
         "sprites": len(sprites),
         "per_picture": per_picture,
+        "scenes": scenes,
         "which": which,
         "seed": seed,
         "counts": {key: dict(sorted(counter.items())) for key, counter in counts.items()},
-        "names": [s.thing.names[0] for s in sprites if s.art is ART[0]],
+        "names": list(dict.fromkeys(s.thing.names[0] for s in sprites)),
         "packages": {art.package: art.licence for art in ART} | {LABELS: "MIT"},
         "licences": "see LICENSES/",
         "seconds": round(time.monotonic() - start, 1),
@@ -315,14 +380,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build captioned pictures from openly licensed emoji art.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
-    parser.add_argument("--things", default="common", help="core, common or all")
+    parser.add_argument("--things", default="common", help="core, box, common or all")
     parser.add_argument("--per-picture", type=int, default=48, help="samples of each thing in each style")
+    parser.add_argument("--scenes", type=int, default=0, help="pictures of two things of one style in a relation")
+    parser.add_argument("--held-out", action="store_true", help="with --things box: the (thing, style) pairs left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/box"), help="folder of the fetched packages")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        summary = build(args.out, args.size, args.things, args.per_picture, args.seed, args.cache)
+        summary = build(
+            args.out, args.size, args.things, args.per_picture, args.seed, args.cache, args.scenes, args.held_out
+        )
     except ValueError as error:
         parser.error(str(error))
     log.info("%d pictures of %d things in %s", summary["samples"], summary["things"], args.out)

@@ -144,7 +144,6 @@ COMMON: dict[str, tuple[str, ...]] = {
     "telescope": ("telescope",),
 }
 
-# Labels of the other things that a person would hardly type.
 # The things of `--things core`, which the diffusion model learns first: plain shapes that differ from one another.
 CORE: tuple[str, ...] = (
     "cat face", "dog face", "frog", "penguin", "spouting whale", "octopus", "butterfly", "rose", "sunflower",
@@ -153,6 +152,22 @@ CORE: tuple[str, ...] = (
     "soccer ball", "balloon", "guitar", "light bulb", "crown",
 )  # fmt: skip
 
+# The things of `--things box`: what the model in the box draws.
+BOX: tuple[str, ...] = (
+    *CORE, "panda", "fox", "duck", "turtle", "watermelon", "pineapple", "doughnut", "soft ice cream",
+)  # fmt: skip
+
+# (label, style) that no picture of `--things box` shows: what the model draws of them, it composed itself.
+HELD_OUT: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("frog", "flat"), ("rose", "flat"), ("rocket", "flat"),
+        ("penguin", "3d"), ("strawberry", "3d"), ("house", "3d"),
+        ("octopus", "cartoon"), ("mushroom", "cartoon"), ("balloon", "cartoon"),
+        ("butterfly", "sticker"), ("pineapple", "sticker"), ("crown", "sticker"),
+    }
+)  # fmt: skip
+
+# Labels of the other things that a person would hardly type.
 ALIASES: dict[str, tuple[str, ...]] = {
     "articulated lorry": ("truck", "lorry"),
     "baguette bread": ("baguette",),

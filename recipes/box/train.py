@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from recipes.box.shape import BOX
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.schedule import NoiseSchedule
-from sfumato.families import BOX
 from sfumato.families.conditioning import encode_captions
 from sfumato.images import grid, save_png
 from sfumato.models.autoencoder import Autoencoder
@@ -27,7 +27,7 @@ from sfumato.models.clip import CLIP, CLIPConfig, CLIPText, CLIPVisionConfig
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
-from sfumato.train.autoencoder import AutoencoderObjective, initialise
+from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
@@ -38,7 +38,7 @@ from sfumato.weights.placing import place
 
 log = logging.getLogger(__name__)
 
-RUNS = Path("runs/box")
+RUNS = Path("runs/box2")
 CPU = torch.device("cpu")
 TOWER = BOX.texts[0]
 CLIP_CONFIG = CLIPConfig(
@@ -80,16 +80,27 @@ def begin(run: str, weights: Mapping[str, Tensor], origin: str) -> None:
 
 
 def new_autoencoder() -> Autoencoder:
-    """The box's autoencoder with the random weights that training starts from."""
+    """The box's autoencoder with the weights that training starts from: the shipped box's where their shapes agree.
+
+    Shapes differ around the latents, where there were 16 channels before.
+    """
     network = initialise(Autoencoder(BOX.autoencoder), seed=0)
+    weights = network.state_dict()
+    shipped = load_model(box_path()).autoencoder.state_dict()
+    network.load_state_dict(weights | {name: w for name, w in shipped.items() if w.shape == weights[name].shape})
     place(network, CPU, torch.float32)
     return network
 
 
 def train_autoencoder(options: Options) -> None:
-    """Pictures <-> latents; about 22 dB after 1,000 steps."""
-    config = LoopConfig(options.steps, batch_size=16, lr=1e-3, decay="cosine", weight_decay=0.0, ema_decay=0.995)
-    fit(AutoencoderObjective(new_autoencoder()), CaptionedShards(options.data, BOX.size), config, RUNS / "autoencoder")
+    """Pictures <-> latents, on crops of half the side; latents that may be shrunk and turned."""
+    loss = AutoencoderLoss(crop=BOX.size // 2, equivariance=0.25)
+    config = LoopConfig(
+        options.steps, batch_size=16, lr=options.lr, decay="cosine", weight_decay=0.0, ema_decay=0.995,
+        checkpoint_every=250,
+    )  # fmt: skip
+    data = CaptionedShards(options.data, BOX.size, keep_in_memory=False)
+    fit(AutoencoderObjective(new_autoencoder(), loss), data, config, RUNS / options.run)
 
 
 def train_clip(options: Options) -> None:
