@@ -122,6 +122,18 @@ def library(path: Path) -> dict[str, torch.Tensor] | None:
         return None
 
 
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=5), st.randoms())
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_equal_contents_give_equal_bytes(tmp_path, metadata, random):
+    names = list(metadata)
+    random.shuffle(names)
+    save_safetensors(tmp_path / "a", {"x": torch.ones(2)}, metadata)
+    save_safetensors(tmp_path / "b", {"x": torch.ones(2)}, {name: metadata[name] for name in names})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert (file.metadata() or {}) == metadata
+
+
 def test_a_file_of_no_tensors(tmp_path):
     save_safetensors(tmp_path / "a.safetensors", {}, {})
     file = open_tensors(tmp_path / "a.safetensors")

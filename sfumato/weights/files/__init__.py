@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato.weights.files.hashes import file_hash, old_hash, sha256
 from sfumato.weights.files.mapped import Mapped, StoredTensor, blamed_on
 from sfumato.weights.files.pickles import is_torch_file, named, read_root
-from sfumato.weights.files.safetensors_header import is_safetensors, read_header
+from sfumato.weights.files.safetensors_header import is_safetensors, read_header, sort_metadata
 
 __all__ = [
     "TensorFile",
@@ -142,7 +142,7 @@ def load_safetensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, T
 
 def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write beside, then rename: the file is there whole or not at all. Tensors are stored contiguous, those that
-    share memory each for itself. The file's mode is what the umask gives."""
+    share memory each for itself. The file's mode is what the umask gives. Equal contents give equal bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -151,7 +151,8 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
         mode = beside.stat().st_mode
         save_file(_apart(tensors), str(beside), dict(metadata) or None)
         beside.chmod(mode)
-        with beside.open("rb") as file:
+        with beside.open("r+b") as file:
+            sort_metadata(file)
             os.fsync(file.fileno())
         beside.replace(path)
     except SafetensorError as error:  # what a full disk raises

@@ -7,7 +7,7 @@ The format: 8 bytes of length (little-endian), that many bytes of JSON, then the
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -58,6 +58,21 @@ def read_header(source: Mapped) -> tuple[dict[str, StoredTensor], dict[str, str]
         ends.append((*span, name))
     _check_order(sorted(ends), len(source) - start)
     return tensors, metadata
+
+
+def sort_metadata(file: BinaryIO) -> None:
+    """Put a written file's metadata in the order of their names: the library's is another one in every process."""
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    if "__metadata__" not in header:
+        return
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > size:
+        raise ValueError(f"a header of {size} bytes grew to {len(text)} when its metadata were sorted")
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def _parse(data: bytes) -> dict[str, Any]:
