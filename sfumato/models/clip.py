@@ -15,6 +15,15 @@ from torch import Tensor, nn
 
 from sfumato.models.layers import Embedding, attend, check_heads
 
+# Heads are 64 numbers wide in every published CLIP but the image towers of OpenCLIP's H, g and bigG.
+HEAD_WIDTH = 64
+IMAGE_HEADS = {1280: 16, 1408: 16, 1664: 16}
+
+
+def image_heads(width: int) -> int:
+    """The attention heads of a published image tower of this width."""
+    return IMAGE_HEADS.get(width, max(1, width // HEAD_WIDTH))
+
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
@@ -120,8 +129,20 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.max_length, config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, extra: Tensor | None = None) -> Tensor:
+        return self._words(ids, extra) + self.position_embedding.weight[: ids.shape[1]]
+
+    def _words(self, ids: Tensor, extra: Tensor | None) -> Tensor:
+        """ids (B, L) -> vectors (B, L, D); those beyond the vocabulary are rows of `extra` (K, D)."""
+        if extra is None:
+            return self.token_embedding(ids)
+        width = self.token_embedding.embedding_dim
+        if extra.ndim != 2 or extra.shape[1] != width:
+            raise ValueError(f"extra: vectors of shape {tuple(extra.shape)}, this text encoder needs (K, {width})")
+        own = known(ids, self.token_embedding.num_embeddings)
+        words = self.token_embedding(own)
+        rows = extra.to(words)[(ids - self.token_embedding.num_embeddings).clamp(min=0)]
+        return torch.where((ids == own)[..., None], words, rows)
 
 
 class TextModel(nn.Module):
@@ -132,13 +153,22 @@ class TextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 
+def known(ids: Tensor, vocab_size: int) -> Tensor:
+    """The ids with 0 in the place of those beyond the vocabulary."""
+    return ids.where(ids < vocab_size, torch.zeros_like(ids))
+
+
 def at_end(x: Tensor, ids: Tensor) -> Tensor:
     """x (B, L, D) -> (B, D) at each sequence's first end token, the highest id of the vocabulary; ids (B, L)."""
     return x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
 
 
 class CLIPText(nn.Module):
-    """Token ids (B, L <= 77) -> states of every token (B, L, D), the context of cross-attention."""
+    """Token ids (B, L <= 77) -> states of every token (B, L, D), the context of cross-attention.
+
+    An id of vocab_size + k is row k of `extra` (K, D), the vectors of words that the vocabulary lacks (Gal et al.
+    2022); gradients reach them. ValueError where they have another width.
+    """
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -147,15 +177,17 @@ class CLIPText(nn.Module):
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor, skip_last: int = 0, final_norm: bool = True) -> Tensor:
+    def forward(self, ids: Tensor, skip_last: int = 0, final_norm: bool = True, extra: Tensor | None = None) -> Tensor:
         """States after the last layer but `skip_last` (1: the penultimate), normalised unless `final_norm` is off.
 
         ValueError where the encoder has not that many layers.
         """
-        x = self._states(ids, skip_last)
+        x = self._states(ids, skip_last, extra)
         return self.text_model.final_layer_norm(x) if final_norm else x
 
-    def forward_pooled(self, ids: Tensor, skip_last: int = 0, final_norm: bool = True) -> tuple[Tensor, Tensor]:
+    def forward_pooled(
+        self, ids: Tensor, skip_last: int = 0, final_norm: bool = True, extra: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What `forward` gives, and the pooled text (B, projection); each layer runs once.
 
         Pooled is the last layer's state at the first end token, normalised and projected, whatever `skip_last` and
@@ -163,16 +195,18 @@ class CLIPText(nn.Module):
         """
         if self.config.projection is None:
             raise ValueError("projection=None: this text encoder gives no pooled text")
-        x = self._states(ids, skip_last)
+        x = self._states(ids, skip_last, extra)
         last = self.text_model.encoder(x, causal=True, start=self.config.num_layers - skip_last)
-        pooled = self.text_projection(self.text_model.final_layer_norm(at_end(last, ids)))
+        pooled = self.text_projection(
+            self.text_model.final_layer_norm(at_end(last, known(ids, self.config.vocab_size)))
+        )
         return self.text_model.final_layer_norm(x) if final_norm else x, pooled
 
-    def _states(self, ids: Tensor, skip_last: int) -> Tensor:
+    def _states(self, ids: Tensor, skip_last: int, extra: Tensor | None) -> Tensor:
         num_layers = self.config.num_layers
         if not 0 <= skip_last < num_layers:
             raise ValueError(f"skip_last={skip_last}: this text encoder allows 0 to {num_layers - 1}")
-        embedded = self.text_model.embeddings(ids)
+        embedded = self.text_model.embeddings(ids, extra)
         return self.text_model.encoder(embedded, causal=True, stop=num_layers - skip_last)
 
 

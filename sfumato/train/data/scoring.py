@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.models.clip import CLIPVisionConfig, VisionModel
+from sfumato.models.clip import CLIPVisionConfig, VisionModel, image_heads
 from sfumato.train.data.pictures import Pictures, read
 from sfumato.weights.files import open_tensors
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained with, Radford et al. 2021, its code
 STD = (0.26862954, 0.26130258, 0.27577711)
-HEAD_WIDTH = 64  # of every CLIP that is published
 
 
 class Predictor(nn.Module):
@@ -138,7 +137,7 @@ def load_tower(path: str | Path, quick_gelu: bool = True) -> ImageTower:
             patch_size=patches[2],
             width=patches[0],
             num_layers=len(layers),
-            num_heads=max(1, patches[0] // HEAD_WIDTH),
+            num_heads=image_heads(patches[0]),
             quick_gelu=quick_gelu,
         )
         tower = ImageTower(config, file.shape("visual_projection.weight")[0])

@@ -1,0 +1,332 @@
+"""Measure a model: draw captions of real pictures at several guidances and compare, or compare two sets of pictures.
+
+  sfumato evaluate --data PATH --features inception:FILE clip:FILE --out DIR
+  sfumato evaluate --a DIR --b DIR --features mobilenet-v2
+  sfumato evaluate scores --data PATH --predictor FILE --clip FILE
+
+FID, FID-infinity, KID, precision and recall of any network's features; Inception score of Inception's; CMMD, CLIP-FID
+and CLIP score of a CLIP's. A run that is stopped goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sfumato import __version__
+from sfumato.cli.loading import add_device_flags
+from sfumato.evaluate.features import FEATURES, Network, facts_of, open_features
+from sfumato.evaluate.figure import draw_figure
+from sfumato.evaluate.measuring import check_count, measured
+from sfumato.evaluate.resizing import RESIZERS, resized
+from sfumato.evaluate.statistics import save_statistics, statistics_of
+from sfumato.evaluate.sweep import Advance, Sweep, begin, drawn_features, gathered, shuffled_numbers, write_json
+from sfumato.pipeline import Pipeline, choose_device
+from sfumato.train.data import Pictures, open_pictures
+from sfumato.train.data.pictures import caption_in, line_of, read
+from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures
+
+log = logging.getLogger(__name__)
+
+REFERENCE = 10_000  # real pictures, where the set has so many
+GUIDANCE = "1.5,2,3,4,5,6,7,8"  # those that the model cards of Stable Diffusion 1 show
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("action", nargs="?", choices=["scores"], help="scores: aesthetic scores of --data by --predictor and --clip")
+    add("--data", metavar="PATH", help="real pictures with captions: shards, a folder, JSON lines or Parquet")
+    add("--a", metavar="PATH", help="compare these pictures (real) ...")
+    add("--b", metavar="PATH", help="... with these, and draw nothing")
+    add("--features", nargs="+", metavar="NAME[:FILE]", default=[], help=f"networks: {', '.join(FEATURES)}")
+    add("--resize", choices=RESIZERS, default="clean", help="how pictures get a network's size (default: %(default)s)")
+    add("--out", metavar="DIR", help="pictures, features, results.json and figure.png go there")
+    add = parser.add_argument_group("drawing").add_argument
+    add("--ckpt", nargs="+", metavar="PATH", default=[None], help="checkpoints (default: the model in the box)")
+    add("--ema", action="store_true", help="use the averaged weights of full training checkpoints")
+    add("--guidance", metavar="LIST", default=GUIDANCE, help="(default: %(default)s)")
+    add("--steps", type=int, metavar="N", default=50, help="(default: %(default)s)")
+    add("--sampler", metavar="NAME", default="plms", help="(default: %(default)s)")
+    add("--samples", type=int, metavar="N", default=2000, help="pictures of each guidance (default: %(default)s)")
+    add("--reference", type=int, metavar="N", default=REFERENCE, help="real pictures, at most (default: %(default)s)")
+    add("--seed", type=int, metavar="N", default=0, help="of the captions' order and the noise (default: %(default)s)")
+    add("--batch", type=int, metavar="N", default=16, help="pictures drawn together (default: %(default)s)")
+    add = parser.add_argument_group("scores").add_argument
+    add("--predictor", metavar="FILE", help="linear or MLP predictor, as LAION publishes them")
+    add("--clip", metavar="FILE", help="a CLIP whose image tower makes the embeddings (names of CLIPModel)")
+    add_device_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    if args.action == "scores":
+        return tell_scores(args)
+    if args.data and (args.a or args.b):
+        raise ValueError("data: either --data, to draw, or --a and --b")
+    if args.a or args.b:
+        return compare(args)
+    if not args.data:
+        raise ValueError("data: say with --data what to draw and compare with, or with --a and --b what to compare")
+    return draw_and_measure(args)
+
+
+# --- what both need
+
+
+def _networks(args: argparse.Namespace) -> list[Network]:
+    if not args.features:
+        raise ValueError(f"features: name one or more with --features, of {', '.join(FEATURES)}")
+    names = [text.partition(":")[0] for text in args.features]
+    if len(set(names)) < len(names):
+        raise ValueError(f"features={' '.join(names)!r}: each network once")
+    device = choose_device(args.device)
+    return [open_features(text).to(device) for text in args.features]
+
+
+class Looked:
+    """Reads pictures of a set, and counts what it had to change or leave out."""
+
+    def __init__(self, pictures: Pictures, least: int) -> None:
+        self.pictures, self.least = pictures, least
+        self.grey = self.small = 0
+
+    def read(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Those that can be read."""
+        found = []
+        for number in numbers:
+            got = read(self.pictures, number, need_caption=False)
+            if got is not None:
+                pixels = got[0]
+                self.grey += bool((pixels == pixels[..., :1]).all())
+                self.small += min(pixels.shape[:2]) < self.least
+                found.append(pixels)
+        return found
+
+    def lines(self) -> list[str]:
+        """What a person should know of the set."""
+        name = str(self.pictures.path)
+        lines = [f"{name}: {self.grey:,} grey pictures, taken as colour ones"] if self.grey else []
+        if self.small:
+            lines.append(f"{name}: {self.small:,} pictures below {self.least} px a side, enlarged")
+        return lines + (self.pictures.report.lines() if self.pictures.report.broken else [])
+
+
+def _told(results: dict[str, dict[str, Any]]) -> None:
+    for metric, entry in results.items():
+        spread = f" +- {entry['deviation']:.4g}" if "deviation" in entry else ""
+        facts = f"{entry['features']} {entry['hash'][:8]}, {entry['resize']}, {entry['real']:,} / {entry['drawn']:,}"
+        print(f"{metric:28} {entry['value']:12.6g}{spread}  ({facts})")
+
+
+def _bar(total: int, what: str) -> Any:
+    return tqdm(total=total, desc=what, unit="pictures", leave=False, file=sys.stderr, disable=None)
+
+
+# --- two sets
+
+
+def compare(args: argparse.Namespace) -> int:
+    """--a and --b: measure two sets of pictures."""
+    for name in ("a", "b"):
+        if getattr(args, name) is None:
+            raise ValueError(f"{name}: both --a and --b are needed")
+    sets = [open_pictures(path, need_captions=False) for path in (args.a, args.b)]
+    networks = _networks(args)
+    found = []
+    for pictures in sets:
+        looked = Looked(pictures, max(network.size for network in networks))
+        with _bar(len(pictures), str(pictures.path)) as bar:
+            found.append(_in_memory(networks, looked, args, bar.update))
+        print("\n".join(looked.lines()), end="\n" if looked.lines() else "")
+    results = measured(networks, found[0], found[1], args.resize, args.seed)
+    _told(results)
+    if args.out:
+        content = {"sfumato": __version__, "a": args.a, "b": args.b, "metrics": results}
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out) / "results.json", content)
+    return 0
+
+
+def _in_memory(
+    networks: Sequence[Network], looked: Looked, args: argparse.Namespace, advance: Advance
+) -> dict[str, Tensor]:
+    """Features by network of all pictures that can be read."""
+    parts: dict[str, list[Tensor]] = {network.name: [torch.zeros(0, network.dim)] for network in networks}
+    total, batch = len(looked.pictures), max(1, args.batch)
+    for start in range(0, total, batch):
+        pictures = looked.read(range(start, min(start + batch, total)))
+        for network in networks if pictures else ():
+            parts[network.name].append(network(resized(pictures, network.size, args.resize)))
+        advance(min(batch, total - start))
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+# --- drawing
+
+
+def draw_and_measure(args: argparse.Namespace) -> int:
+    """--data: draw, measure, write results.json and figure.png."""
+    if args.out is None:
+        raise ValueError("out: say with --out DIR where pictures and results go")
+    for name in ("samples", "reference", "batch", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}: 1 or more is needed")
+    check_count("samples", args.samples)
+    guidance = guidance_of(args.guidance)
+    labels = labels_of(args.ckpt)
+    pictures = open_pictures(args.data)
+    captions = captions_of(pictures, args.samples, args.seed)
+    sweep = Sweep(tuple(captions), guidance, args.steps, args.sampler, args.seed, args.batch)
+    networks = _networks(args)
+    out = Path(args.out)
+    real = _real(args, pictures, networks, out / "real")
+    for network in networks:
+        check_count("real", len(real[network.name]))
+        save_statistics(
+            out / f"real-{network.name}.safetensors", statistics_of(real[network.name], facts_of(network, args.resize))
+        )
+    points: list[dict[str, Any]] = []
+    source = f"{Path(args.data).resolve().name}, {len(pictures)} pictures"
+    with _bar(len(labels) * len(guidance) * len(captions), "drawing") as bar:
+        for label, path in labels.items():
+            pipeline = Pipeline.from_pretrained(path, args.device, args.precision, use_ema=args.ema)
+            for scale in guidance:
+                folder = out / f"{label}-guidance-{scale:g}"
+                drawn = drawn_features(folder, pipeline, sweep, scale, networks, args.resize, bar.update)
+                results = measured(networks, real, drawn, args.resize, args.seed, captions)
+                points.append(_point(label, pipeline, sweep, scale, results))
+                _told(results)
+                write_json(out / "results.json", {"sfumato": __version__, "data": source, "points": points})
+    draw_figure(out / "figure.png", points)
+    print(out / "results.json", out / "figure.png", sep="\n")
+    return 0
+
+
+def _point(label: str, pipeline: Pipeline, sweep: Sweep, guidance: float, results: dict[str, Any]) -> dict[str, Any]:
+    print(f"{label}, guidance {guidance:g}")
+    return {
+        "checkpoint": label,
+        "model hash": pipeline.model.hash,
+        "guidance": guidance,
+        "steps": sweep.steps,
+        "sampler": sweep.sampler,
+        "seed": sweep.seed,
+        "samples": len(sweep.captions),
+        "metrics": results,
+    }
+
+
+def guidance_of(text: str) -> tuple[float, ...]:
+    """Numbers between commas; ValueError where they are none, or one comes twice."""
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"guidance={text!r}: numbers between commas are needed, such as {GUIDANCE}") from error
+    if len(set(found)) < len(found) or not np.isfinite(found).all():
+        raise ValueError(f"guidance={text!r}: finite numbers, each once, are needed")
+    return found
+
+
+def labels_of(paths: Sequence[str | None]) -> dict[str, str | None]:
+    """A name for each checkpoint: its file's, numbered where several have the same."""
+    found: dict[str, str | None] = {}
+    for path in paths:
+        name = "box" if path is None else Path(path).stem
+        label, number = name, 1
+        while label in found:
+            number += 1
+            label = f"{name}-{number}"
+        found[label] = path
+    return found
+
+
+def captions_of(pictures: Pictures, count: int, seed: int) -> list[str]:
+    """Captions to draw, in the seed's order, over and over where there are too few.
+
+    Those that cannot be read or are not there are left out and reported. ValueError where there are none.
+    """
+    found: list[str] = []
+    for number in shuffled_numbers(len(pictures), len(pictures), seed):
+        if len(found) == count:
+            break
+        caption = _caption(pictures, number)
+        if caption is not None:
+            found.append(caption)
+    if not found:
+        raise ValueError(f"data={str(pictures.path)!r}: no captions there")
+    return [found[index % len(found)] for index in range(count)]
+
+
+def _caption(pictures: Pictures, number: int) -> str | None:
+    try:
+        caption = caption_in(pictures.facts(number))
+        if caption is None:
+            raise ValueError("no caption")
+    except (ValueError, OSError) as error:
+        pictures.report.note_broken(pictures.name(number), line_of(error))
+        return None
+    return caption
+
+
+def _real(args: argparse.Namespace, pictures: Pictures, networks: Sequence[Network], folder: Path) -> dict[str, Tensor]:
+    """Features of the real pictures, the first ones of the captions' order."""
+    numbers = shuffled_numbers(len(pictures), min(args.reference, len(pictures)), args.seed)
+    looked = Looked(pictures, max(network.size for network in networks))
+    run = {"data": Path(args.data).resolve().name, "pictures": len(pictures), "seed": args.seed, "batch": args.batch}
+    begin(folder, run, networks, args.resize)
+
+    def make(places: range) -> list[np.ndarray]:
+        return looked.read([numbers[place] for place in places])
+
+    def key(places: range) -> str:
+        return repr([pictures.name(numbers[place]).removeprefix(str(pictures.path)) for place in places])
+
+    with _bar(len(numbers), "reading") as bar:
+        found = gathered(folder, len(numbers), args.batch, networks, args.resize, make, key, bar.update)
+    if lines := looked.lines():
+        print("\n".join(lines))
+    return found
+
+
+# --- scores
+
+
+def tell_scores(args: argparse.Namespace) -> int:
+    """Print how a predictor of aesthetics scores a set, and write it where asked."""
+    for name in ("data", "predictor", "clip"):
+        if getattr(args, name) is None:
+            raise ValueError(f"{name}: scores need --data, --predictor and --clip")
+    pictures = open_pictures(args.data, need_captions=False)
+    predictor, tower = load_predictor(args.predictor), load_tower(args.clip)
+    rows = scores_of_pictures(predictor, tower, pictures, max(1, args.batch))
+    scores = [score for _, score in tqdm(rows, total=len(pictures), unit="pictures", leave=False, disable=None)]
+    if not scores:
+        raise ValueError(f"data={args.data!r}: no picture could be read")
+    quantiles = np.quantile(scores, (0.05, 0.5, 0.95))
+    found = {
+        "mean": float(np.mean(scores)),
+        "deviation": float(np.std(scores)),
+        "5 %": float(quantiles[0]),
+        "median": float(quantiles[1]),
+        "95 %": float(quantiles[2]),
+        "pictures": len(scores),
+    }
+    print(json.dumps(found, indent=1))
+    if pictures.report.broken:
+        print("\n".join(pictures.report.lines()))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out) / "scores.json", {"sfumato": __version__, "data": args.data, **found})
+    return 0

@@ -1,0 +1,170 @@
+"""Drawing for a measurement: captions -> pictures and their features, at each guidance, kept chunk by chunk.
+
+A run that is stopped goes on where it was: what a folder holds says of which run it is. Knows no flags and no source of
+pictures. Letters: N pictures, D width of features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.evaluate.features import Network
+from sfumato.evaluate.resizing import resized
+from sfumato.images.files import save_png, written_beside
+from sfumato.pipeline import Pipeline, recipe
+from sfumato.types import Job
+from sfumato.weights.files import load_safetensors, save_safetensors
+
+log = logging.getLogger(__name__)
+
+RUN = "run.json"
+Advance = Callable[[int], None]  # told how many pictures more are done
+Key = Callable[[range], str]
+Make = Callable[[range], Sequence[np.ndarray]]  # pictures (H, W, 3) uint8 of some numbers; fewer where some are broken
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is drawn: a picture of each caption, of seed + its number, at every guidance; `batch` pictures together."""
+
+    captions: tuple[str, ...]
+    guidance: tuple[float, ...]
+    steps: int = 50
+    sampler: str = "plms"
+    seed: int = 0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError("captions: none are given")
+        if not self.guidance:
+            raise ValueError("guidance: one value or more is needed")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: 1 or more is needed")
+
+    def jobs(self, guidance: float, numbers: range) -> list[Job]:
+        """The jobs of some pictures; the same captions and seeds at every guidance."""
+        return [
+            Job(prompt=self.captions[number], seed=self.seed + number, guidance=guidance, steps=self.steps,
+                sampler=self.sampler)
+            for number in numbers
+        ]  # fmt: skip
+
+
+def shuffled_numbers(size: int, count: int, seed: int) -> list[int]:
+    """The first `count` numbers of a set of `size` pictures, in an order that the seed alone decides."""
+    return [int(number) for number in np.random.default_rng(seed).permutation(size)[:count]]
+
+
+def begin(folder: Path, run: dict[str, Any], networks: Sequence[Network], resize: str) -> None:
+    """Say of which run a folder is; ValueError, in one line, where it is another's already."""
+    seen = {network.name: [network.hash, resize, network.size] for network in networks}
+    wanted = json.loads(json.dumps(run | {"features": seen}))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RUN
+    if path.exists():
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            differ = [name for name in wanted if found.get(name) != wanted[name]]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"out={str(path)!r}: damaged ({error}); another folder is needed") from error
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"out={str(folder)!r}: it holds another run, of {name}={found.get(name)!r}, now {wanted[name]!r}; "
+                f"another folder is needed"
+            )
+        return
+    write_json(path, wanted)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside, then rename."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def gathered(
+    folder: Path, total: int, batch: int, networks: Sequence[Network], resize: str, make: Make, key: Key,
+    advance: Advance,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Features (N, D) by network of pictures 0 to `total` - 1, which `make` is asked for where they are not kept yet.
+
+    Each chunk of `batch` pictures is one file that appears whole; a damaged one is made anew. `key` says what makes
+    the pictures of a chunk: ValueError where a chunk that is kept is of others.
+    """
+    parts: dict[str, list[Tensor]] = {network.name: [] for network in networks}
+    for start in range(0, total, batch):
+        numbers = range(start, min(start + batch, total))
+        path = folder / f"features-{start:07}-{numbers.stop:07}.safetensors"
+        digest = hashlib.sha256(key(numbers).encode()).hexdigest()
+        chunk = _kept(path, networks, digest)
+        if chunk is None:
+            pictures = make(numbers)
+            chunk = {network.name: _seen(network, pictures, resize) for network in networks}
+            save_safetensors(path, chunk, {"key": digest})
+        for name, part in parts.items():
+            part.append(chunk[name].clone())
+        advance(len(numbers))
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def _seen(network: Network, pictures: Sequence[np.ndarray], resize: str) -> Tensor:
+    if not pictures:
+        return torch.zeros(0, network.dim)
+    return network(resized(pictures, network.size, resize))
+
+
+def _kept(path: Path, networks: Sequence[Network], digest: str) -> dict[str, Tensor] | None:
+    """A chunk that is there and sound."""
+    if not path.exists():
+        return None
+    try:
+        found, metadata = load_safetensors(path)
+    except ValueError as error:  # a disk may lose in a power cut what was written before it: it is made again
+        log.warning("%s: made anew (%s)", path, error)
+        return None
+    if metadata.get("key") != digest:
+        raise ValueError(f"out={str(path)!r}: it is of other pictures or captions; another folder is needed")
+    return {network.name: found[network.name] for network in networks}
+
+
+def drawn_features(
+    folder: Path, pipeline: Pipeline, sweep: Sweep, guidance: float, networks: Sequence[Network], resize: str,
+    advance: Advance,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Features by network of all pictures of a sweep at one guidance; the pictures are kept as PNGs with recipes.
+
+    ValueError where the folder holds another run's.
+    """
+    run = {"model": pipeline.model.hash, "guidance": guidance, "steps": sweep.steps, "sampler": sweep.sampler,
+           "seed": sweep.seed, "batch": sweep.batch}  # fmt: skip
+    begin(folder, run, networks, resize)
+
+    def make(numbers: range) -> list[np.ndarray]:
+        pictures = []
+        for number, result in zip(numbers, pipeline.draw_many(sweep.jobs(guidance, numbers)), strict=True):
+            save_png(folder / f"{number:07}.png", result.images[0], recipe(result, 0))
+            pictures.append(result.images[0])
+        return pictures
+
+    return gathered(
+        folder,
+        len(sweep.captions),
+        sweep.batch,
+        networks,
+        resize,
+        make,
+        lambda numbers: repr(sweep.jobs(guidance, numbers)),
+        advance,
+    )

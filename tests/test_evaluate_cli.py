@@ -1,0 +1,222 @@
+"""`sfumato evaluate`: a sweep to its end and after a stop, two sets of pictures, scores, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.cli.evaluate import guidance_of, labels_of
+from sfumato.cli.main import main
+from sfumato.evaluate.statistics import load_statistics
+from sfumato.evaluate.sweep import shuffled_numbers
+from sfumato.images import load_png
+from sfumato.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from sfumato.pipeline import Pipeline
+from sfumato.tasks.checks import job_from_dict
+from sfumato.weights.files import save_safetensors
+
+PICTURES, SAMPLES, BATCH = 14, 10, 4
+
+
+def evaluate(*words):
+    return main(["evaluate", *map(str, words)])
+
+
+def folder_of(path, count=PICTURES, side=24, seed=0):
+    """Smooth colours with captions beside."""
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(path / f"{index:02}.png")
+        (path / f"{index:02}.txt").write_text(f"a thing of kind {index}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    """A CLIP of our own kind with random weights: 16 px, 24 numbers."""
+    torch.manual_seed(0)
+    own = CLIP(CLIPConfig(CLIPTextConfig(1024, 32, 2, 4), CLIPVisionConfig(16, 8, 32, 2, 4), embed_dim=24))
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    save_safetensors(path, own.state_dict(), {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("real") / "pictures")
+
+
+@pytest.fixture
+def flags(real, clip_file, tiny_checkpoint):
+    return ["--data", real, "--features", f"clip:{clip_file}", "--ckpt", tiny_checkpoint, "--guidance", "1.5,4",
+            "--steps", 2, "--samples", SAMPLES, "--batch", BATCH, "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Counts the pictures that the pipeline draws; `stop` is after how many calls a person presses Ctrl-C."""
+
+    class Count:
+        pictures, calls, stop = 0, 0, None
+
+    original = Pipeline.draw_many
+
+    def draw_many(self, jobs, *rest):
+        if Count.calls == Count.stop:
+            raise KeyboardInterrupt
+        Count.calls += 1
+        Count.pictures += len(jobs)
+        return original(self, jobs, *rest)
+
+    monkeypatch.setattr(Pipeline, "draw_many", draw_many)
+    return Count
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_sweep(flags, tmp_path, capsys, drawn, real, clip_file):
+    out = tmp_path / "out"
+    assert evaluate(*flags, "--out", out) == 0
+    points = results(out)["points"]
+    assert [point["guidance"] for point in points] == [1.5, 4] and drawn.pictures == 2 * SAMPLES
+    found = points[1]["metrics"]
+    assert set(found) == {"clip-fid", "clip-kid", "clip-precision", "clip-recall", "cmmd", "clip-score"}
+    assert points[0]["metrics"]["clip-fid"]["value"] != found["clip-fid"]["value"] > 0
+    for entry in found.values():
+        facts = [entry[name] for name in ("features", "resize", "size", "real", "drawn")]
+        assert facts == ["clip", "clean", 16, PICTURES, SAMPLES] and len(entry["hash"]) == 16
+    assert (found["clip-kid"]["draws"], found["clip-kid"]["each"]) == (100, SAMPLES)
+    assert "no full rank" in found["clip-fid"]["warning"]  # 10 pictures of 24 dimensions
+    assert found["clip-score"]["value"] == pytest.approx(2.5 * found["clip-score"]["cosine"])
+    with Image.open(out / "figure.png") as figure:
+        assert figure.width > 500 and np.asarray(figure.convert("L")).std() > 5
+    assert load_statistics(out / "real-clip.safetensors").count == PICTURES
+    # each picture can be drawn again, and captions are those of the data, the same at every guidance
+    prompts = {}
+    for scale in ("1.5", "4"):
+        jobs = [
+            job_from_dict(load_png(path)[1]["job"]) for path in sorted((out / f"tiny-guidance-{scale}").glob("*.png"))
+        ]
+        assert [job.seed for job in jobs] == list(range(SAMPLES)) and {job.guidance for job in jobs} == {float(scale)}
+        prompts[scale] = [job.prompt for job in jobs]
+    assert prompts["1.5"] == prompts["4"] == [f"a thing of kind {n}" for n in shuffled_numbers(PICTURES, SAMPLES, 0)]
+    # the folders alone give the same numbers: PNGs lose nothing
+    capsys.readouterr()
+    assert evaluate("--a", real, "--b", out / "tiny-guidance-4", "--features", f"clip:{clip_file}", "--out",
+                    tmp_path / "two", "--device", "cpu") == 0  # fmt: skip
+    again = results(tmp_path / "two")["metrics"]
+    assert again["clip-fid"]["value"] == pytest.approx(found["clip-fid"]["value"], rel=1e-5)
+    assert again["cmmd"]["value"] == pytest.approx(found["cmmd"]["value"], rel=1e-5)
+    assert "clip-fid" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, drawn, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert evaluate(*flags, "--out", whole) == 0
+    drawn.calls, drawn.pictures, drawn.stop = 0, 0, 4  # within the second guidance
+    assert evaluate(*flags, "--out", stopped) == 130
+    assert drawn.pictures == SAMPLES + BATCH and len(results(stopped)["points"]) == 1
+    # what a kill may leave: a chunk cut short, and a part of a file
+    chunk = sorted((stopped / "tiny-guidance-1.5").glob("*.safetensors"))[1]
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    (stopped / "tiny-guidance-4" / ".0000004.png.1.part").write_bytes(b"half")
+    drawn.stop = None
+    assert evaluate(*flags, "--out", stopped) == 0
+    assert drawn.pictures == 2 * SAMPLES + BATCH  # only the damaged chunk twice
+    assert results(stopped) == results(whole)
+    assert evaluate(*flags, "--out", stopped) == 0  # all is there: nothing is drawn
+    assert drawn.pictures == 2 * SAMPLES + BATCH
+
+
+@pytest.mark.parametrize(
+    "more, name",
+    [(["--steps", 3], "steps=2, now 3"), (["--seed", 5], "seed=0"), (["--resize", "legacy-tf"], "features")],
+)
+def test_another_run_in_the_same_folder_is_refused(flags, tmp_path, capsys, more, name):
+    small = [*flags, "--guidance", "2", "--out", tmp_path]
+    assert evaluate(*small) == 0
+    before = results(tmp_path)
+    capsys.readouterr()
+    assert evaluate(*small, *more) == 2
+    error = capsys.readouterr().err
+    assert name in error and "another folder is needed" in error and error.count("error:") == 1
+    assert results(tmp_path) == before
+
+
+def test_captions_that_changed_are_noticed(flags, tmp_path, capsys):
+    data = folder_of(tmp_path / "data")
+    words = [*flags, "--guidance", "2", "--data", data, "--out", tmp_path / "out"]
+    assert evaluate(*words) == 0
+    for path in data.glob("*.txt"):
+        path.write_text("another thing")
+    capsys.readouterr()
+    assert evaluate(*words) == 2
+    assert "of other pictures or captions" in capsys.readouterr().err
+
+
+def test_damaged_grey_and_tiny_pictures_are_told(tmp_path, clip_file, capsys):
+    a, b = folder_of(tmp_path / "a"), folder_of(tmp_path / "b", seed=1)
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20).astype(np.uint8)).save(a / "grey.png")
+    Image.new("RGB", (5, 7), "red").save(a / "tiny.png")
+    (a / "damaged.png").write_bytes((a / "00.png").read_bytes()[:100])
+    assert evaluate("--a", a, "--b", b, "--features", f"clip:{clip_file}", "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "1 grey pictures" in told and "1 pictures below 16 px" in told
+    assert "1 broken" in told and "damaged.png" in told
+    facts = results(tmp_path / "out")["metrics"]["clip-fid"]
+    assert (facts["real"], facts["drawn"]) == (PICTURES + 2, PICTURES)
+
+
+def test_a_set_against_itself(real, clip_file, tmp_path):
+    assert evaluate("--a", real, "--b", real, "--features", f"clip:{clip_file}", "--out", tmp_path) == 0
+    found = results(tmp_path)["metrics"]
+    assert abs(found["clip-fid"]["value"]) < 1e-3 and abs(found["cmmd"]["value"]) < 1e-3
+    assert found["clip-precision"]["value"] == found["clip-recall"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        (["--data", "none"], "no such file"),
+        (["--data", "EMPTY"], "no pictures"),
+        (["--features", "vgg"], "features='vgg'"),
+        (["--features", "inception:CLIP"], "no tensor Conv2d_1a_3x3"),
+        (["--features", "clip:CLIP", "clip:CLIP"], "each network once"),
+        (["--guidance", "2,x"], "guidance='2,x'"),
+        (["--guidance", "2,2"], "each once"),
+        (["--samples", "3"], "samples=3: 10"),
+        (["--batch", "0"], "batch=0"),
+        (["--sampler", "plmz"], "plmz"),
+        (["--a", "EMPTY"], "either --data"),
+    ],
+)
+def test_bad_input_is_one_line(flags, tmp_path, clip_file, capsys, change, wanted):
+    (tmp_path / "empty").mkdir()
+    words = [word.replace("CLIP", str(clip_file)).replace("EMPTY", str(tmp_path / "empty")) for word in change]
+    assert evaluate(*flags, "--out", tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert wanted in error[-1] and sum("error:" in line for line in error) == 1
+
+
+def test_labels_and_guidance():
+    assert labels_of([None, "a/x.ckpt", "b/x.safetensors"]) == {"box": None, "x": "a/x.ckpt", "x-2": "b/x.safetensors"}
+    assert guidance_of("1.5,2, 8") == (1.5, 2.0, 8.0)
+
+
+def test_scores_of_a_folder(real, clip_file, tmp_path, capsys):
+    save_safetensors(tmp_path / "linear.safetensors", {"weight": torch.ones(1, 24), "bias": torch.full((1,), 5.0)}, {})
+    words = ["scores", "--data", real, "--predictor", tmp_path / "linear.safetensors"]
+    assert evaluate(*words, "--clip", clip_file, "--out", tmp_path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == PICTURES and 0 < found["mean"] < 10
+    assert found["5 %"] <= found["median"] <= found["95 %"]
+    assert json.loads((tmp_path / "scores.json").read_text())["mean"] == found["mean"]
+    assert evaluate(*words) == 2 and "clip:" in capsys.readouterr().err
