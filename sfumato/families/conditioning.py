@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,18 +43,60 @@ class TextOptions:
     long: bool = True
 
 
-def chunks_of(text: str, tokenizer: ClipTokenizer, room: int, options: TextOptions) -> list[Chunk]:
-    """A text in lots of `room` tokens with their weights; in the weighting "none" brackets are text."""
-    pieces = [Piece(text, 1.0)] if options.weighting == "none" else emphasis(text)
+class Word(Protocol):
+    """A textual-inversion embedding: for each of a family's text encoders its vectors (n, D); `hash` names its file."""
+
+    @property
+    def vectors(self) -> tuple[Tensor, ...]: ...
+    @property
+    def hash(self) -> str: ...
+
+
+def chunks_of(
+    text: str, tokenizer: ClipTokenizer, room: int, options: TextOptions, counts: Mapping[str, int] | None = None
+) -> list[Chunk]:
+    """A text in lots of `room` tokens with their weights; in the weighting "none" brackets are text.
+
+    `counts` are the numbers of vectors of the embeddings that it may name.
+    """
+    first, *rest = _chunks(text, tokenizer, room, options, counts or {})
     if options.long:
-        return chunks(pieces, tokenizer, room=room, backtrack=options.backtrack)
-    first, *rest = chunks(pieces, tokenizer, room=room, backtrack=0)
+        return [first, *rest]
     if rest:
-        lost = tokenizer.decode([token for chunk in rest for token in chunk.ids])
+        lost = " ".join(_words(chunk, tokenizer, counts or {}) for chunk in rest)
         shown = lost if len(lost) <= 60 else f"{lost[:60]}..."
         total = len(first.ids) + sum(len(chunk.ids) for chunk in rest)
         log.warning("prompt: cut after %d of %d tokens; what fell off: %s", room, total, shown)
     return [first]
+
+
+def _chunks(
+    text: str, tokenizer: ClipTokenizer, room: int, options: TextOptions, counts: Mapping[str, int]
+) -> list[Chunk]:
+    pieces = [Piece(text, 1.0)] if options.weighting == "none" else emphasis(text)
+    backtrack = options.backtrack if options.long else 0
+    return chunks(pieces, tokenizer, room=room, backtrack=backtrack, embeddings=counts)
+
+
+def _words(chunk: Chunk, tokenizer: ClipTokenizer, counts: Mapping[str, int]) -> str:
+    """A chunk's text again, with the names of its embeddings."""
+    words, position = [], 0
+    for place in chunk.places:
+        words += [tokenizer.decode(list(chunk.ids[position : place.position])), place.name]
+        position = place.position + counts[place.name]
+    return " ".join(filter(None, [*words, tokenizer.decode(list(chunk.ids[position:]))]))
+
+
+def describe(
+    model: Model, text: str, options: TextOptions = TextOptions(), embeddings: Mapping[str, Word] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The (name, hash) of each embedding that a text uses, in its order, for a picture's recipe."""
+    words = embeddings or {}
+    room = model.family.texts[0].config.max_length - 2
+    counts = {name: len(word.vectors[0]) for name, word in words.items()}
+    parts = _chunks(text, model.tokenizers[0], room, options, counts)
+    used = dict.fromkeys(place.name for part in (parts if options.long else parts[:1]) for place in part.places)
+    return tuple((name, words[name].hash) for name in used)
 
 
 def skip_of(tower: TextTower, clip_skip: int | None) -> int:
@@ -67,37 +110,87 @@ def skip_of(tower: TextTower, clip_skip: int | None) -> int:
 
 
 def run_tower(
-    tower: TextTower, network: CLIPText, ids: Sequence[Sequence[int]], clip_skip: int | None = None
+    tower: TextTower,
+    network: CLIPText,
+    ids: Sequence[Sequence[int]],
+    clip_skip: int | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """States (B, L, D) of every token, and the pooled vector (B, E) where the tower has a projection.
 
-    On the network's device and in its dtype; gradients reach it where the caller allows them.
+    On the network's device and in its dtype; gradients reach it where the caller allows them. `extra` (K, D) are the
+    vectors that ids beyond the vocabulary stand for.
     """
     tokens = torch.tensor(ids, device=network.text_model.final_layer_norm.weight.device)
     skip = skip_of(tower, clip_skip)
     if tower.config.projection is None:
-        return network(tokens, skip, tower.final_norm), None
-    return network.forward_pooled(tokens, skip, tower.final_norm)
+        return network(tokens, skip, tower.final_norm, extra), None
+    return network.forward_pooled(tokens, skip, tower.final_norm, extra)
 
 
-def encode_captions(tower: TextTower, network: CLIPText, tokenizer: ClipTokenizer, texts: Sequence[str]) -> Tensor:
-    """Plain captions, one chunk each, cut where they are longer -> states (B, L, D), as in training."""
-    length = tower.config.max_length
-    ids = [tokenizer.pad(tokenizer.encode(text), length, tower.pad_token) for text in texts]
-    return run_tower(tower, network, ids)[0]
+def encode_captions(
+    tower: TextTower,
+    network: CLIPText,
+    tokenizer: ClipTokenizer,
+    texts: Sequence[str],
+    vectors: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Plain captions, one chunk each, cut where they are longer -> states (B, L, D), as in training.
+
+    `vectors` (n, D) are of the embeddings that they may name; gradients reach them.
+    """
+    return encode_pooled(tower, network, tokenizer, texts, vectors or {})[0]
+
+
+def encode_pooled(
+    tower: TextTower,
+    network: CLIPText,
+    tokenizer: ClipTokenizer,
+    texts: Sequence[str],
+    vectors: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """What `encode_captions` gives, and the pooled vectors (B, E) where the tower has a projection."""
+    room = tower.config.max_length - 2
+    counts = {name: len(each) for name, each in vectors.items()}
+    parts = [chunks([Piece(text, 1.0)], tokenizer, room=room, backtrack=0, embeddings=counts)[0] for text in texts]
+    ids, _ = rows(parts, tokenizer, pad=tower.pad_token, room=room)
+    ids, extra = _pointing(ids, parts, vectors, tower.config.vocab_size)
+    return run_tower(tower, network, ids, extra=extra)
+
+
+def _pointing(
+    ids: list[list[int]], parts: Sequence[Chunk], vectors: Mapping[str, Tensor], vocab_size: int
+) -> tuple[list[list[int]], Tensor | None]:
+    """Rows of ids in which embeddings are ids beyond the vocabulary, and the vectors (K, D) that those stand for."""
+    used = list(dict.fromkeys(place.name for part in parts for place in part.places))
+    if not used:
+        return ids, None
+    starts = {name: vocab_size + sum(len(vectors[each]) for each in used[:index]) for index, name in enumerate(used)}
+    pointing = [list(row) for row in ids]
+    for row, part in zip(pointing, parts, strict=True):
+        for position, name in part.places:
+            count = len(vectors[name])
+            row[position + 1 : position + 1 + count] = range(starts[name], starts[name] + count)  # after the start
+    return pointing, torch.cat([vectors[name] for name in used])
 
 
 def _tower_states(
-    tower: TextTower, network: CLIPText, tokenizer: ClipTokenizer, text: str, options: TextOptions
+    tower: TextTower,
+    network: CLIPText,
+    tokenizer: ClipTokenizer,
+    vectors: Mapping[str, Tensor],
+    text: str,
+    options: TextOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """A text's weighed states (1, chunks * L, D) and its first chunk's pooled vector (1, E)."""
     room = tower.config.max_length - 2
-    parts = chunks_of(text, tokenizer, room, options)
+    parts = chunks_of(text, tokenizer, room, options, {name: len(each) for name, each in vectors.items()})
     ids, weights = rows(parts, tokenizer, pad=tower.pad_token, room=room)
+    ids, extra = _pointing(ids, parts, vectors, tower.config.vocab_size)
     empty = None
     if options.weighting == "comfy":
         ids = [*ids, rows([Chunk()], tokenizer, pad=tower.pad_token, room=room)[0][0]]
-    states, pooled = run_tower(tower, network, ids, options.clip_skip)
+    states, pooled = run_tower(tower, network, ids, options.clip_skip, extra)
     if options.weighting == "comfy":
         states, empty = states[:-1], states[-1]
     weighed = weigh(states, torch.tensor(weights, device=states.device), options.weighting, empty)
@@ -105,14 +198,21 @@ def _tower_states(
 
 
 def encode(
-    model: Model, text: str, sizes: Sizes | None = None, options: TextOptions = TextOptions(), negative: bool = False
+    model: Model,
+    text: str,
+    sizes: Sizes | None = None,
+    options: TextOptions = TextOptions(),
+    negative: bool = False,
+    embeddings: Mapping[str, Word] | None = None,
 ) -> Cond:
     """One text -> Cond of one row. `sizes` has an entry for each of the family's `size_cond`.
 
-    Long texts have more than one chunk, and so a longer context: `alike` makes conds of one length.
+    Long texts have more than one chunk, and so a longer context: `alike` makes conds of one length. A text may name
+    `embeddings`; ValueError where one has not vectors for each text encoder, of its width.
     """
     family = model.family
-    towers = zip(family.texts, model.texts, model.tokenizers, strict=True)
+    vectors = _by_tower(embeddings or {}, len(family.texts))
+    towers = zip(family.texts, model.texts, model.tokenizers, vectors, strict=True)
     states, pooled = zip(*(_tower_states(*tower, text, options) for tower in towers), strict=True)
     context, vector = torch.cat(states, dim=-1), pooled[-1]
     if negative and family.zero_empty_negative and not text:
@@ -123,6 +223,14 @@ def encode(
         raise ValueError(f"vector_dim={family.unet.vector_dim}: {family.name}'s last text encoder has no projection")
     numbers = size_vector(family.size_cond, sizes or {}, family.size_dim).to(vector)
     return Cond(context, torch.cat([vector, numbers], dim=1))
+
+
+def _by_tower(embeddings: Mapping[str, Word], count: int) -> list[dict[str, Tensor]]:
+    """The vectors by name, for each of `count` text encoders."""
+    for name, word in embeddings.items():
+        if len(word.vectors) != count:
+            raise ValueError(f"embedding={name!r}: it is for {len(word.vectors)} text encoders, the model has {count}")
+    return [{name: word.vectors[index] for name, word in embeddings.items()} for index in range(count)]
 
 
 def alike(conds: Sequence[Cond], empty: Cond | None = None) -> list[Cond]:

@@ -6,6 +6,7 @@ textual-inversion embeddings keep places free for their vectors. Knows no networ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,14 @@ def _names(tokenizer: Tokenizer, embeddings: tuple[tuple[str, int], ...], room: 
     return {first: sorted(names, key=lambda each: -len(each[0])) for first, names in found.items()}
 
 
+@lru_cache(maxsize=8)
+def _marked(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds the names with a mark at an end, `<cat>`, which the tokenizer would join with a mark beside: `<cat>,`."""
+    marked = [name for name in names if any(map(str.isalnum, name)) and not (name[0].isalnum() and name[-1].isalnum())]
+    longest_first = sorted(marked, key=lambda name: -len(name))
+    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE) if marked else None
+
+
 class _Writer:
     """Chunks in the making: the finished ones, and the one that is being filled."""
 
@@ -112,12 +121,16 @@ def chunks(
 ) -> list[Chunk]:
     """At least one chunk. `embeddings` maps names to their number of vectors; of names that fit the longest is taken.
 
+    Names are told by their tokens, so large and small letters are alike; those with a mark at an end, `<cat>`, also
+    where another mark follows, for which A1111 and its tokens are blind.
+
     A full chunk ends after its last comma if that is at most `backtrack` tokens back (0: never), and the words after
     it begin the next chunk. ValueError: room < 1, backtrack < 0, or an embedding that fits into no chunk.
     """
     if room < 1 or backtrack < 0:
         raise ValueError(f"room={room}, backtrack={backtrack}: room must be at least 1, backtrack at least 0")
     names = _names(tokenizer, tuple((embeddings or {}).items()), room)
+    marked = _marked(tuple(embeddings or ()))
     comma = tokenizer.encode(",")
     writer = _Writer(room, backtrack)
     for piece in pieces:
@@ -125,7 +138,7 @@ def chunks(
             writer.finish()
             continue
         text, weight = piece
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text if marked is None else marked.sub(r" \g<0> ", text))
         position = 0
         while position < len(ids):
             found = _embedding(ids, position, names)
