@@ -6,6 +6,7 @@ of noise schedules or of what it predicts. Names as in `model.diffusion_model.*`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +28,7 @@ from sfumato.models.layers import (
     wrapped,
     zero,
 )
+from sfumato.models.residuals import Residuals
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x to a context, x itself in self-attention. `query_rows` bounds the scores: see `attend`."""
+    """Attention of x to a context, x itself in self-attention. `query_rows` bounds the scores: see `attend`.
+
+    What is `worn` changes the contexts that keys and values are made of, one after the other: see hypernetwork.py.
+    """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -125,9 +130,12 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
         self.query_rows: int | None = None
+        self.context_dim = context_dim
+        self.worn: tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...] = ()
 
     def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        keys, values = self._contexts(context)
+        q, k, v = self.to_q(x), self.to_k(keys), self.to_v(values)
         if asked is not None:
             if self is asked.probe:
                 asked.maps.append(attention_map(q, k, self.num_heads))
@@ -137,7 +145,14 @@ class CrossAttention(nn.Module):
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """Where x (B, M, dim) looks in the context (B, L, D): the mean map of the heads, (B, M, L) float32."""
-        return attention_map(self.to_q(x), self.to_k(context), self.num_heads).mean(dim=1)
+        return attention_map(self.to_q(x), self.to_k(self._contexts(context)[0]), self.num_heads).mean(dim=1)
+
+    def _contexts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys and values are made of."""
+        keys = values = context
+        for change in self.worn:
+            keys, values = change(keys, values)
+        return keys, values
 
 
 class GEGLU(nn.Module):
@@ -267,12 +282,20 @@ def _check(config: UNetConfig) -> None:
         )
 
 
-class UNet(nn.Module):
-    """(x (B, C_in, h, w), t (B,) in [0, T), context (B, L, D), vector) -> (B, C_out, h, w).
+def _level(config: UNetConfig, index: int, in_channels: int) -> list[nn.Module]:
+    """A ResBlock of the level's width, and its transformer where it has one."""
+    width, depth = config.channels * config.channel_mult[index], config.transformer_depth[index]
+    parts: list[nn.Module] = [ResBlock(in_channels, width, 4 * config.channels, config.norm_groups)]
+    if depth:
+        cross_only = bool(config.cross_only) and config.cross_only[index]
+        parts.append(SpatialTransformer(width, depth, config, cross_only))
+    return parts
 
-    h and w must be divisible by 2^(levels - 1). `vector` is (B, V) float where the config has `vector_dim`, (B,) of
-    integer classes where it has `num_classes`, and not looked at where it has neither. ValueError where one is needed
-    and there is none.
+
+class Encoder(nn.Module):
+    """The way down and the middle of a U-Net, and what it is told: `embed`. A ControlNet is trained from a copy.
+
+    `skip_channels` are the widths of what `input_blocks` hand on.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -288,21 +311,13 @@ class UNet(nn.Module):
         elif config.num_classes is not None:
             self.label_emb = Embedding(config.num_classes, emb_dim)
 
-        def level(index: int, in_channels: int) -> list[nn.Module]:
-            width, depth = base * config.channel_mult[index], config.transformer_depth[index]
-            parts: list[nn.Module] = [ResBlock(in_channels, width, emb_dim, groups)]
-            if depth:
-                cross_only = bool(config.cross_only) and config.cross_only[index]
-                parts.append(SpatialTransformer(width, depth, config, cross_only))
-            return parts
-
         channels = base
         self.input_blocks = nn.ModuleList([Block(Conv2d(config.in_channels, base, 3, padding=1))])
         skips = [base]
         last = len(config.channel_mult) - 1
         for index, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(Block(*level(index, channels)))
+                self.input_blocks.append(Block(*_level(config, index, channels)))
                 channels = base * mult
                 skips.append(channels)
             if index < last:
@@ -313,11 +328,42 @@ class UNet(nn.Module):
         if config.middle_depth:
             middle.append(SpatialTransformer(channels, config.middle_depth, config))
         self.middle_block = Block(*middle, ResBlock(channels, channels, emb_dim, groups))
+        self.skip_channels = tuple(skips)
 
+    def embed(self, t: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(B, 4 channels): the time and, where the config wants one, the pooled vector or the class."""
+        emb = self.time_embed(timestep_embedding(t, self.config.channels).to(dtype))
+        if self.config.vector_dim is not None or self.config.num_classes is not None:
+            emb = emb + self._label(vector)
+        return emb
+
+    def _label(self, vector: Tensor | None) -> Tensor:
+        """The embedding (B, 4 channels) of the pooled vector or of the class."""
+        classes, width = self.config.num_classes, self.config.vector_dim
+        needed = f"a pooled vector (B, {width})" if classes is None else f"classes (B,) from 0 to {classes - 1}"
+        if vector is None:
+            raise ValueError(f"vector: this U-Net needs {needed}, got None")
+        if (vector.ndim, vector.is_floating_point()) != ((2, True) if classes is None else (1, False)):
+            raise ValueError(f"vector: this U-Net needs {needed}, got {vector.dtype} of shape {tuple(vector.shape)}")
+        return self.label_emb(vector)
+
+
+class UNet(Encoder):
+    """(x (B, C_in, h, w), t (B,) in [0, T), context (B, L, D), vector) -> (B, C_out, h, w).
+
+    h and w must be divisible by 2^(levels - 1). `vector` is (B, V) float where the config has `vector_dim`, (B,) of
+    integer classes where it has `num_classes`, and not looked at where it has neither. ValueError where one is needed
+    and there is none.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        base, groups, skips = config.channels, config.norm_groups, list(self.skip_channels)
+        channels = skips[-1]
         self.output_blocks = nn.ModuleList()
         for index in reversed(range(len(config.channel_mult))):
             for number in range(config.num_res_blocks + 1):
-                parts = level(index, channels + skips.pop())
+                parts = _level(config, index, channels + skips.pop())
                 channels = base * config.channel_mult[index]
                 if index > 0 and number == config.num_res_blocks:
                     parts.append(Upsample(channels, channels))
@@ -336,23 +382,30 @@ class UNet(nn.Module):
         state: State | None = None,
         maps: list[Tensor] | None = None,
         cross: list[Tensor] | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """`state` changes this call alone; to `maps` the map that it probes is appended, (B, heads, L, L) float32.
 
         To `cross`, where the state wants them, go the maps of all attentions to the context, in order: the mean of
-        their heads, (B, L, h_i, w_i) float32, of sum 1 over the L tokens.
+        their heads, (B, L, h_i, w_i) float32, of sum 1 over the L tokens. `residuals` are added on the way.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.channels).to(x.dtype))
-        if self.config.vector_dim is not None or self.config.num_classes is not None:
-            emb = emb + self._label(vector)
+        emb = self.embed(t, vector, x.dtype)
+        added = residuals or Residuals()
+        added.check(len(self.input_blocks))
         asked = None if state is None else self._asked(state, [] if maps is None else maps, cross)
         freeu = None if state is None else state.freeu
         with wrapped(self, state.seamless) if state is not None and any(state.seamless) else nullcontext():
             skips: list[Tensor] = []
-            for block in self.input_blocks:
+            for index, block in enumerate(self.input_blocks):
                 x = block(x, emb, context, asked)
+                if index in added.inner:
+                    x = x + added.inner[index]
                 skips.append(x)
             x = self.middle_block(x, emb, context, asked)
+            if added.middle is not None:
+                x = x + added.middle
+            if added.skips:
+                skips = [skip + more for skip, more in zip(skips, added.skips, strict=True)]
             for index, block in enumerate(self.output_blocks):
                 skip = skips.pop()
                 stage = index // (self.config.num_res_blocks + 1)
@@ -387,13 +440,3 @@ class UNet(nn.Module):
         identity = frozenset[nn.Module](attention for name in state.perturbed for attention in find(name))
         probe = None if state.probe is None else find(state.probe)[0]
         return Asked(identity, probe, maps, cross)
-
-    def _label(self, vector: Tensor | None) -> Tensor:
-        """The embedding (B, 4 channels) of the pooled vector or of the class."""
-        classes, width = self.config.num_classes, self.config.vector_dim
-        needed = f"a pooled vector (B, {width})" if classes is None else f"classes (B,) from 0 to {classes - 1}"
-        if vector is None:
-            raise ValueError(f"vector: this U-Net needs {needed}, got None")
-        if (vector.ndim, vector.is_floating_point()) != ((2, True) if classes is None else (1, False)):
-            raise ValueError(f"vector: this U-Net needs {needed}, got {vector.dtype} of shape {tuple(vector.shape)}")
-        return self.label_emb(vector)
