@@ -7,10 +7,12 @@ knows no tasks, prompts or files.
 
 from __future__ import annotations
 
+import logging
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -21,9 +23,13 @@ from sfumato.diffusion.samplers import Steps
 from sfumato.diffusion.samplers.tiled import crop
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
-from sfumato.types import Answer, Cond, NetState, Query
+from sfumato.models.residuals import Residuals
+from sfumato.types import Answer, Cond, NetState, Query, Steer
+
+log = logging.getLogger(__name__)
 
 Watch = Callable[[Query, Answer], None]
+Wear = Callable[[tuple[Hashable, ...]], None]
 
 
 @dataclass
@@ -95,11 +101,14 @@ class _Row:
     vector: Tensor | None
     concat: Tensor | None
     state: NetState | None
+    worn: tuple[Hashable, ...]
+    steered: tuple[Steer, ...]
 
     @property
     def key(self) -> Hashable:
         parts = (self.x, self.context, self.vector, self.concat)
-        return self.state, *(None if part is None else part.shape for part in parts)
+        steered = tuple((id(steer.network), steer.weight, steer.hint.shape) for steer in self.steered)
+        return self.worn, steered, self.state, *(None if part is None else part.shape for part in parts)
 
 
 @dataclass(frozen=True)
@@ -112,13 +121,19 @@ class _Told:
 
 
 class Engine:
-    """Answers queries with one model. `max_rows` bounds the rows of a network call, to bound its memory."""
+    """Answers queries with one model. `max_rows` bounds the rows of a network call, to bound its memory.
 
-    def __init__(self, model: Model, max_rows: int = 32) -> None:
+    Where memory is not enough all the same, `max_rows` becomes half of what was asked, and the call is made again.
+
+    `wear` puts exactly these adapters on the model's networks; without it rows must want none.
+    """
+
+    def __init__(self, model: Model, max_rows: int = 32, wear: Wear | None = None) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: 1 or more are needed")
         self.model = model
         self.max_rows = max_rows
+        self.wear = wear
         self.denoiser: Denoiser[_Told] = Denoiser(
             self._network, NoiseSchedule(model.family.schedule), model.family.prediction
         )
@@ -128,7 +143,17 @@ class Engine:
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(x)], dim=1)
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps, told.cross)
+        residuals = self._residuals(x, t, cond) if cond.steered else None
+        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps, told.cross, residuals)
+
+    def _residuals(self, x: Tensor, t: Tensor, cond: Cond) -> Residuals:
+        """What all that steers says, together."""
+        x = x[:, : self.model.family.autoencoder.latent_channels]
+        said = (
+            steer.network(x, t, cond.context, cond.vector, steer.hint.to(x)).scaled(steer.weight)
+            for steer in cond.steered
+        )
+        return reduce(operator.add, said)
 
     @torch.inference_mode()
     def drive(self, runs: Sequence[Run]) -> list[Tensor | None]:
@@ -155,20 +180,26 @@ class Engine:
     def _replies(self, runs: Sequence[Run]) -> dict[tuple[int, int], Reply]:
         """The reply to every row asked, by (run, place); runs whose call failed or was not finite have ended."""
         alike: dict[Hashable, list[_Row]] = defaultdict(list)
-        for row in _rows(runs):
+        for row in _rows(runs, self.model.family.autoencoder.factor):
             alike[row.key].append(row)
         found: dict[tuple[int, int], list[Reply]] = defaultdict(list)
         answered: list[_Row] = []
         finite: list[Tensor] = []
         for group in alike.values():
-            for start in range(0, len(group), self.max_rows):
+            start = 0
+            while start < len(group):
                 part = group[start : start + self.max_rows]
                 try:
                     reply = self._call(part)
                 except Exception as error:
+                    if is_out_of_memory(error) and len(part) > 1:
+                        self._halve(len(part))
+                        continue
+                    start += len(part)
                     for index in {row.run for row in part}:
                         runs[index].fail(error)
                     continue
+                start += len(part)
                 answered += part
                 finite.append(reply.x0.isfinite().flatten(1).all(dim=1))
                 for place, row in enumerate(part):
@@ -178,14 +209,27 @@ class Engine:
                 runs[row.run].fail(self._not_finite(runs[row.run]))
         return {key: _joined(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
 
+    def _halve(self, rows: int) -> None:
+        """Ask for half of `rows` at once from now on, which were too many for the memory."""
+        self.max_rows = max(1, rows // 2)
+        log.warning("out of memory with %d rows in a network call; %d at most from now on", rows, self.max_rows)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _call(self, rows: Sequence[_Row]) -> Reply:
         """What the network answers to rows alike, each a row of the reply."""
+        alike = zip(*(row.steered for row in rows), strict=True)
         cond = Cond(
             torch.stack([row.context for row in rows]),
             _stack([row.vector for row in rows]),
             _stack([row.concat for row in rows]),
             rows[0].state,
+            steered=tuple(replace(each[0], hint=torch.cat([steer.hint for steer in each])) for each in alike),
         )
+        if self.wear is not None:
+            self.wear(rows[0].worn)
+        elif rows[0].worn:
+            raise ValueError("adapters: this engine has nothing to put them on with")
         told = _Told(cond)
         x0 = self.denoiser(torch.stack([row.x for row in rows]), [row.sigma for row in rows], told)
         looked = cond.state is not None and cond.state.cross
@@ -199,17 +243,36 @@ class Engine:
         return ValueError(f"precision={self.model.precision!r}: the network's answer is not finite at {where}; {mend}")
 
 
-def _rows(runs: Sequence[Run]) -> Iterable[_Row]:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was not enough; on a CPU it is a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def _rows(runs: Sequence[Run], factor: int) -> Iterable[_Row]:
     for index, run in enumerate(runs):
         if run.query is None or run.asked is None:
             continue
+        at = 0.0 if run.at is None else run.at.fraction
         for place, cond in enumerate(run.asked.rows):
+            worn = tuple(worn.what for worn in cond.worn if worn.start <= at < worn.end)
+            steered = tuple(_part(steer, run.query, factor) for steer in cond.steered if steer.start <= at < steer.end)
             for picture, x in enumerate(run.asked.x):
                 context = cond.context[0 if len(cond.context) == 1 else picture]
                 vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
                 if concat is not None and run.query.window is not None:
                     concat = crop(concat, run.query.window)
-                yield _Row(index, place, x, run.query.sigma, context, vector, concat, _state(cond.state, run.query))
+                state = _state(cond.state, run.query)
+                yield _Row(index, place, x, run.query.sigma, context, vector, concat, state, worn, steered)
+
+
+def _part(steer: Steer, query: Query, factor: int) -> Steer:
+    """What steers a tile: its own part of the hint, which has `factor` pixels to a cell."""
+    if query.window is None:
+        return steer
+    top, left, height, width = (factor * cells for cells in query.window)
+    return replace(steer, hint=crop(steer.hint, (top, left, height, width)))
 
 
 def _state(state: NetState | None, query: Query) -> NetState | None:

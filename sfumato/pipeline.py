@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -22,14 +22,18 @@ from sfumato.images import Picture, picture_from
 from sfumato.memory import apply, budget, describe, plan
 from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.checks import complete, job_to_dict
+from sfumato.tasks.extras import Extras
+from sfumato.tasks.pictures import PICTURES, Pictures
 from sfumato.tasks.room import check_memory
 from sfumato.tasks.scenes import Drawn, Scene, Task, runs_of, seeds_of
-from sfumato.tasks.studio import PICTURES, Pictures, Studio
+from sfumato.tasks.studio import Studio
+from sfumato.tasks.telling import named_files, networks_of
 from sfumato.types import Answer, Job, Query, Result
 from sfumato.weights.checkpoint import model_of, open_whole
 from sfumato.weights.hub import resolve
 from sfumato.weights.parts import Checkpoint
 from sfumato.weights.placing import place
+from sfumato.weights.shelf import Shelf, usual_folders
 from sfumato.weights.upscalers import Upscaler
 
 log = logging.getLogger(__name__)
@@ -89,17 +93,23 @@ class Pipeline:
     """A loaded model ready to draw. Holds no state between calls; calls of several threads wait for each other.
 
     `max_rows` bounds the rows of a network call, `max_pictures` the pictures decoded at once; `tile` is the side of
-    decoded tiles in pixels.
+    decoded tiles in pixels. `adapters` is where the names in prompts and controls are looked up.
     """
 
     def __init__(
-        self, model: Model, max_rows: int = 32, tile: int | None = None, max_pictures: int = MAX_PICTURES
+        self,
+        model: Model,
+        max_rows: int = 32,
+        tile: int | None = None,
+        max_pictures: int = MAX_PICTURES,
+        adapters: Shelf | None = None,
     ) -> None:
         self.model = model
         self.tile, self.max_pictures = tile, max_pictures
         self._upscalers: dict[str, Upscaler] = {}
-        self._busy = threading.RLock()  # networks are changed while they draw: seamless edges, wider formats
-        self.engine = Engine(model, max_rows)
+        self.busy = threading.RLock()  # networks are changed while they draw: adapters, seamless edges, formats
+        self.extras = Extras(model, adapters)
+        self.engine = Engine(model, max_rows, self.extras.wear)
 
     @classmethod
     def from_pretrained(
@@ -113,26 +123,30 @@ class Pipeline:
         vae: str | Path | None = None,
         variant: str | None = None,
         memory: Memory | None = None,
+        adapters: str | Path | Sequence[str | Path] | None = None,
     ) -> Pipeline:
         """Load a single file, a diffusers folder, or a model of the Hugging Face hub ("owner/name"); None is the box.
 
         `family` overrides what is detected, `use_ema` takes the averaged U-Net, `vae` is a file, folder or hub name
         to take the autoencoder from, `variant` names a folder's files ("fp16"). `memory` is what must be enough; the
-        plan for it is logged before anything is loaded.
+        plan for it is logged before anything is loaded. `adapters` are the folders of LoRAs, embeddings, hypernetworks
+        and ControlNets; None: those of $SFUMATO_ADAPTERS, else `models` and `embeddings` here.
         """
         chosen = choose_device(device)
         dtype = choose_dtype(precision, chosen)
         path = box_path() if path_or_id is None else resolve(path_or_id, variant=variant)
         family = find_family(family) if isinstance(family, str) else family
         other = None if vae is None else resolve(vae, variant=variant, field="vae")
+        folders = [adapters] if isinstance(adapters, (str, Path)) else adapters
+        shelf = Shelf(usual_folders() if folders is None else folders)
         checkpoint = open_whole(path, family, use_ema, other, variant)
         if memory is None:
-            return cls(model_of(checkpoint, chosen, dtype))
-        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype)
+            return cls(model_of(checkpoint, chosen, dtype), adapters=shelf)
+        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype, shelf)
 
     @classmethod
     def _within(
-        cls, memory: Memory, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+        cls, memory: Memory, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, shelf: Shelf
     ) -> Pipeline:
         """Plan, say the plan, load and set what it asks for."""
         family = checkpoint.family
@@ -144,7 +158,7 @@ class Pipeline:
         model = model_of(checkpoint, torch.device("cpu") if found.offload else device, found.dtype)
         model = replace(model, device=device)
         apply(found, model)
-        return cls(model, found.max_rows, found.tile, found.max_pictures)
+        return cls(model, found.max_rows, found.tile, found.max_pictures, shelf)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""
@@ -153,7 +167,8 @@ class Pipeline:
         if (there, then) != (self.model.device, self.model.dtype):
             self.model = moved(self.model, there, then)
             self._upscalers.clear()
-            self.engine = Engine(self.model, self.engine.max_rows)
+            self.extras = Extras(self.model, self.extras.shelf)
+            self.engine = Engine(self.model, self.engine.max_rows, self.extras.wear)
         return self
 
     def __call__(self, prompt: str = "", progress: Progress | None = None, **fields: Any) -> Result:
@@ -200,13 +215,17 @@ class Pipeline:
         shelf = Pictures(pictures)
         jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
         check_memory(jobs, self.model, shelf, self.tile)
-        studio = Studio(self.model, shelf, self.tile, self.max_pictures, self._upscalers)
-        with self._busy:
-            images = self._perform([task_of(job, studio) for job in jobs], _Bar(progress, observe))
+        studio = self.studio(shelf)
+        with self.busy:
+            self.extras.pictures = shelf
+            try:
+                images = self._perform([task_of(job, studio) for job in jobs], Bar(progress, observe))
+            finally:
+                self.extras.wear(())
         seconds = time.perf_counter() - began
-        return [self._result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
+        return [self.result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
 
-    def _perform(self, tasks: Sequence[Task], bar: _Bar) -> list[np.ndarray]:
+    def _perform(self, tasks: Sequence[Task], bar: Bar) -> list[np.ndarray]:
         """The pictures of tasks, the scenes that they ask for at the same time drawn together."""
         images: dict[int, np.ndarray] = {}
         asked: dict[int, Scene] = {}
@@ -221,20 +240,30 @@ class Pipeline:
             advance(index, None)
         while asked:
             scenes, asked = asked, {}
-            groups = {index: runs_of(scene, self.model) for index, scene in scenes.items()}
+            groups = {index: runs_of(scene, self.model, extras=self.extras) for index, scene in scenes.items()}
             bar.follow([(scene, groups[index]) for index, scene in scenes.items()])
-            self.engine.drive([run for runs in groups.values() for run in runs])
+            alike: dict[Hashable, list[Run]] = {}
+            for index, scene in scenes.items():
+                alike.setdefault(networks_of(scene.job), []).extend(groups[index])
+            for runs in alike.values():  # so that adapters change between these and not at every step
+                self.engine.drive(runs)
             for index, runs in groups.items():
                 advance(index, Drawn(torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]))
         return [images[index] for index in range(len(tasks))]
 
-    def _result(self, job: Job, images: np.ndarray, pictures: dict[str, str], seconds: float) -> Result:
+    def studio(self, pictures: Pictures) -> Studio:
+        """What the tasks of jobs that name these pictures work with."""
+        return Studio(self.model, pictures, self.tile, self.max_pictures, self._upscalers, self.extras)
+
+    def result(self, job: Job, images: np.ndarray, pictures: dict[str, str], seconds: float) -> Result:
+        """The pictures (B, H, W, 3) uint8 of a complete job, with all that is needed to make them again."""
         return Result(
             images=images,
             job=job,
             seeds=seeds_of(job),
             seconds=seconds,
             pictures=pictures,
+            adapters=named_files(job, self.model, self.extras),
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
@@ -247,7 +276,7 @@ def _result_of(run: Run) -> Tensor:
     return run.result
 
 
-class _Bar:
+class Bar:
     """Counts the steps that runs have left behind, each for as many pictures as the run has."""
 
     def __init__(self, progress: Progress | None, observe: Observe | None = None) -> None:
@@ -293,6 +322,7 @@ def recipe(result: Result, index: int) -> dict[str, Any]:
         "seed": result.seeds[index],
         "model": {"name": result.model_name, "hash": result.model_hash},
         **({"pictures": result.pictures} if result.pictures else {}),
+        **({"adapters": result.adapters} if result.adapters else {}),
         "precision": result.precision,
         "made with": result.made_with,
     }

@@ -5,7 +5,9 @@ Letters: B batch, C latent channels, H W pixels, h = H/f and w = W/f latent size
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +30,26 @@ class Hires:
     schedule: str | None = None
     prompt: str | None = None
     negative: str | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """A picture that steers a drawing through a network of its own (tasks/extras.py).
+
+    `model` is the network's name or file, `image` the picture (None: the job's own), `annotate` what makes the hint of
+    it, such as "canny" with its `options` (None: it is the hint). It works with `weight` in the steps from fraction
+    `start` to before `end`. `mode`: "balanced", or what matters more: "prompt", "control"; or "guess".
+    """
+
+    model: str = ""
+    image: str | None = None
+    annotate: str | None = None
+    options: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    resize: str = "crop"
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,8 @@ class Job:
     falloff: float = 1.0
     colour_variation: float = 0.05
 
+    controls: tuple[Control, ...] = ()  # what steers the drawing
+
     # What else is made of it.
     depth: str | None = None  # its depth map, bright is near, or a network's file that finds it
     image_guidance: float | None = None  # how hard the picture pulls, of models that edit by instruction
@@ -142,17 +166,46 @@ class NetState:
 
 
 @dataclass(frozen=True)
+class Garment:
+    """An adapter on a U-Net in the steps from fraction `start` to before `end`: `what` says which, and how strongly.
+
+    What that may be is known to whoever puts it on. Rows with different adapters never share a network call.
+    """
+
+    what: Hashable
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Steer:
+    """A network that steers the U-Net by a picture in the steps from fraction `start` to before `end`.
+
+    `network(x, t, context, vector, hint)` gives Residuals, which `weight` scales: one number, or one for each layer.
+    The `hint` (1, 3, H, W) in [0, 1] is as large as the pictures drawn.
+    """
+
+    network: Callable[..., Any]
+    hint: Tensor
+    weight: float | tuple[float, ...] = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
 class Cond:
     """What a network is told beside x and t: context (B, L, D); vector (B, V) where the family has one.
 
     `concat` (B, Cc, h, w) is what the network sees beside x in its input, where the family wants it (inpainting).
-    A `state` of None is the network as it is.
+    A `state` of None is the network as it is; `worn` are adapters on it, `steered` what steers it.
     """
 
     context: Tensor
     vector: Tensor | None = None
     concat: Tensor | None = None
     state: NetState | None = None
+    worn: tuple[Garment, ...] = ()
+    steered: tuple[Steer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +236,7 @@ class Result:
     """Pictures (B, H, W, 3) uint8 and all that is needed to make them again. `seconds` is wall time of the drawing.
 
     `made_with` names versions and device: what else decides the last bit. `pictures` are the SHA-256 of the pixels that
-    the job's fields name.
+    the job's fields name, `adapters` those of the files that its prompts and controls name.
     """
 
     images: np.ndarray
@@ -195,3 +248,4 @@ class Result:
     precision: str
     made_with: dict[str, str]
     pictures: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)

@@ -22,11 +22,13 @@ from sfumato.cli.main import main
 from sfumato.images import load_png
 from sfumato.tasks.checks import complete
 from sfumato.tasks.plot import field_kinds, with_field
-from sfumato.types import Hires, Job
+from sfumato.types import Control, Hires, Job
 
 FLAGS = {name: flag for group in GROUPS.values() for name, flag in group.items()}
 VALUES = {str: ("some text", "some text"), int: ("3", 3), float: ("0.5", 0.5)}
-ODD = {"options": ("s-churn=5", {"s_churn": 5.0}), "freeu": ("1.5,1.6,0.9,0.2", (1.5, 1.6, 0.9, 0.2))}
+ODD = {"options": ("s-churn=5", {"s_churn": 5.0}), "freeu": ("1.5,1.6,0.9,0.2", (1.5, 1.6, 0.9, 0.2)),
+       "controls": ("edges, image=a.png,annotate=canny,weight=.5,end=0.8,low=50",
+                    (Control("edges", "a.png", "canny", {"low": 50.0}, 0.5, end=0.8),))}  # fmt: skip
 
 
 def parsed(*flags: str) -> argparse.Namespace:

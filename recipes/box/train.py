@@ -29,6 +29,7 @@ from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
 from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
+from sfumato.train.config import DECAYS
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 RUNS = Path("runs/box2")
 CPU = torch.device("cpu")
+AUTOENCODER = "autoencoder-2"  # the run whose weights are the box's
 TOWER = BOX.texts[0]
 CLIP_CONFIG = CLIPConfig(
     text=TOWER.config,
@@ -64,6 +66,9 @@ class Options:
     start: str | None
     lr: float
     train_text: bool
+    fresh: bool
+    batch: int
+    decay: str
 
 
 def state_path(run: str) -> Path:
@@ -100,6 +105,8 @@ def train_autoencoder(options: Options) -> None:
         checkpoint_every=250,
     )  # fmt: skip
     data = CaptionedShards(options.data, BOX.size, keep_in_memory=False)
+    if options.start and not state_path(options.run).exists():
+        begin(options.run, ema_weights(state_path(options.start)), options.start)
     fit(AutoencoderObjective(new_autoencoder(), loss), data, config, RUNS / options.run)
 
 
@@ -114,15 +121,18 @@ def train_clip(options: Options) -> None:
 def trained_autoencoder() -> Autoencoder:
     """The averaged weights of stage one."""
     network = Autoencoder(BOX.autoencoder)
-    network.load_state_dict(ema_weights(state_path("autoencoder")))
+    network.load_state_dict(ema_weights(state_path(AUTOENCODER)))
     place(network, CPU, torch.float32)
     return network.eval().requires_grad_(False)
 
 
 def trained_text() -> CLIPText:
-    """The averaged text tower of stage two."""
-    weights = ema_weights(state_path("clip"))
+    """The averaged text tower of stage two, or the shipped one where that stage was not run."""
     network = CLIPText(TOWER.config)
+    if not state_path("clip").exists():
+        network.load_state_dict(load_model(box_path()).texts[0].state_dict())
+        return network.eval().requires_grad_(False)
+    weights = ema_weights(state_path("clip"))
     network.load_state_dict({name: value for name, value in weights.items() if name.startswith("text_model.")})
     return network.eval().requires_grad_(False)
 
@@ -149,10 +159,37 @@ def cache_latents(options: Options) -> None:
         log.info("%s: deviation %.4f, latent_scale %.5f", folder, deviation, 1 / deviation)
 
 
+def inner_name(name: str) -> str | None:
+    """The smaller U-Net's name of a parameter of ours, which has one level more around it; None outside of it."""
+    if name.startswith(("time_embed", "out.")):
+        return None
+    side, _, rest = name.partition(".")
+    if side == "middle_block":
+        return name
+    number, _, rest = rest.partition(".")
+    shift = BOX.unet.num_res_blocks + 1
+    if side == "input_blocks":
+        return f"{side}.{int(number) - shift}.{rest}" if int(number) > shift else None
+    return f"{side}.{number}.{rest}"
+
+
+def new_unet(fresh: bool) -> UNet:
+    """The U-Net that training starts from: the shipped box's of 64 px within, where shapes agree, or random weights."""
+    unet = UNet(BOX.unet)
+    if fresh:
+        return unet
+    weights, shipped = unet.state_dict(), load_model(box_path()).unet.state_dict()
+    found = {name: shipped.get(inner_name(name) or "") for name in weights}
+    same = {name: w for name, w in found.items() if w is not None and w.shape == weights[name].shape}
+    log.info("%d of %d parameters are those of the shipped U-Net", len(same), len(weights))
+    unet.load_state_dict(weights | same)
+    return unet
+
+
 def train_diffusion(options: Options) -> None:
     """The U-Net on cached latents, and the text tower with it where asked; each save also draws the watched prompts."""
     torch.manual_seed(0)
-    unet, text, tokenizer = UNet(BOX.unet), trained_text(), ClipTokenizer(TOWER.config.vocab_size)
+    unet, text, tokenizer = new_unet(options.fresh), trained_text(), ClipTokenizer(TOWER.config.vocab_size)
     place(unet, CPU, torch.float32)
     parts: dict[str, nn.Module] = {"unet": unet}
 
@@ -167,8 +204,11 @@ def train_diffusion(options: Options) -> None:
     network = nn.ModuleDict(parts)
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
     context = states if options.train_text else frozen(states)
-    objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig())
-    config = LoopConfig(options.steps, batch_size=32, lr=options.lr, decay="cosine", checkpoint_every=500)
+    objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig(min_snr_gamma=5.0))
+    config = LoopConfig(
+        options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=500,
+        warmup=200, ema_decay=0.999,
+    )  # fmt: skip
     if options.start and not state_path(options.run).exists():
         weights = network.state_dict() | ema_weights(state_path(options.start))
         begin(options.run, weights, options.start)
@@ -231,14 +271,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=0, help="train up to this step")
     parser.add_argument("--run", metavar="NAME", help="the run's folder (default: the stage; for export, diffusion)")
-    parser.add_argument("--start", metavar="RUN", help="begin a new diffusion run with that run's averaged weights")
+    parser.add_argument("--start", metavar="RUN", help="begin a new run with that run's averaged weights")
     parser.add_argument("--lr", type=float, default=7e-4, help="highest learning rate of diffusion (default: 7e-4)")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step of diffusion (default: 16)")
+    parser.add_argument("--decay", choices=DECAYS, default="constant", help="of diffusion's rate (default: constant)")
+    parser.add_argument("--fresh", action="store_true", help="diffusion starts from random weights")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
     if args.stage in ("autoencoder", "clip", "diffusion") and args.steps < 1:
         parser.error(f"--steps {args.steps}: say up to which step to train")
     run = args.run or ("diffusion" if args.stage == "export" else args.stage)
-    options = Options(args.data, args.steps, run, args.start, args.lr, args.train_text)
+    options = Options(
+        args.data, args.steps, run, args.start, args.lr, args.train_text, args.fresh, args.batch, args.decay
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     try:

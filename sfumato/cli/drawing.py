@@ -23,7 +23,7 @@ from sfumato.families import Family
 from sfumato.pipeline import Pipeline
 from sfumato.tasks.canvas import read_free
 from sfumato.tasks.checks import MAX_COUNT, RANGES, complete, require_number
-from sfumato.tasks.studio import Pictures
+from sfumato.tasks.pictures import Pictures
 from sfumato.types import Job
 
 log = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ def run(args: argparse.Namespace) -> int:
     saver = Saver(Path(outdir))
     model = pipeline.model
     _check_family(args, model.family)
-    seeing = Seeing(args, model)
+    seeing = Seeing(args, model, pipeline.extras.embeddings)
     if args.skip_save and (args.film or args.where):
         raise ValueError("film, where: they are saved beside the pictures, which --skip_save leaves out")
     if (suited := args.style.suited) is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
 from sfumato.tasks.picture_checks import FILLS
 from sfumato.tasks.plot import field_kinds, read_numbers
-from sfumato.tasks.profiles import PROFILES
+from sfumato.tasks.profiles import PROFILES, find_profile
 from sfumato.tasks.scenes import seeds_of
-from sfumato.types import Hires, Job
+from sfumato.types import Control, Hires, Job
 
 
 class Flag(NamedTuple):
@@ -143,6 +144,13 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
         "falloff": Flag("X", "exponent of the spectrum of the noise that it begins as: lower has more detail"),
         "colour_variation": Flag("X", "how many colours that noise has"),
     },
+    "steering": {
+        "controls": Flag(
+            "MODEL[,KEY=VALUE]", "a ControlNet's name or file, and image=PATH, annotate=canny, weight=1, start=0, end=1, "
+            "mode=balanced|prompt|control|guess, resize=crop|stretch|fill, options such as low=100 (docs/control.md); "
+            "may be repeated", "none", names=("--control",),
+        ),
+    },
     "large pictures": {
         "upscale": Flag("FACTOR", "enlarge the image", "off", names=("--factor",)),
         "upscaler": Flag(
@@ -159,6 +167,7 @@ SUMMARIES = {
     "noise": "what a picture begins with",
     "mask": "--mask draws a part of the image; pixels outside it stay as they are",
     "new ground": "outpainting: what is put on at the sides",
+    "steering": "what a picture says of another: edges, depth, a pose",
 }
 
 
@@ -166,7 +175,13 @@ def flag_names(name: str) -> tuple[str, ...]:
     """The spellings of a field's flag: `clip_skip` is --clip-skip."""
     flag = next(group[name] for group in GROUPS.values() if name in group)
     plain = "--" + name.replace(".", "-").replace("_", "-")
-    return flag.names if name == "options" else (*flag.names, plain) if name == "hires.scale" else (plain, *flag.names)
+    return (
+        flag.names
+        if name in ("options", "controls")
+        else (*flag.names, plain)
+        if name == "hires.scale"
+        else (plain, *flag.names)
+    )
 
 
 def add_job_flags(
@@ -181,7 +196,7 @@ def add_job_flags(
             assert group is not None
             kind = kinds[name].type
             more: dict[str, Any] = {"type": kind} if kind in (int, float) else {}
-            if kind is dict:
+            if kind is dict or name == "controls":
                 more["action"] = "append"
             if kind is bool:
                 more["action"] = "store_true"
@@ -208,6 +223,22 @@ def help_of(name: str, flag: Flag, defaults: Mapping[str, Any]) -> str:
 
 def _add_text_flags(group: Any) -> None:
     add = group.add_argument
+    add(
+        "--lora",
+        dest="loras",
+        action="append",
+        default=[],
+        metavar="NAME[:STRENGTH]",
+        help="put a LoRA on, by its name in --adapters or its file; the same as <lora:NAME:STRENGTH> in the prompt",
+    )
+    add(
+        "--hypernet",
+        dest="hypernets",
+        action="append",
+        default=[],
+        metavar="NAME[:STRENGTH]",
+        help="put a hypernetwork on; the same as <hypernet:NAME:STRENGTH> in the prompt",
+    )
     add("--style", dest="style_names", action="append", default=[], metavar="NAME",
         help="put a style's texts around the prompts; may be repeated")  # fmt: skip
     add("--styles", metavar="FILE", default="styles.csv", help="where styles are, as A1111's (default: %(default)s)")
@@ -229,6 +260,12 @@ def job_from_flags(args: argparse.Namespace, **own: Any) -> Job:
             raise ValueError(f"freeu={error}") from error
     if isinstance(fields.get("options"), list):
         fields["options"] = dict(map(_option, fields["options"]))
+    if isinstance(fields.get("controls"), list):
+        fields["controls"] = tuple(map(read_control, fields["controls"]))
+    if tags := "".join(_tags(args)):
+        if fields.get("like") in PROFILES and not find_profile(fields["like"]).grammar:
+            raise ValueError(f"lora: prompts like {fields['like']}'s have no tags to name it by")
+        fields["prompt"] = f"{fields.get('prompt') or ''}{tags}"
     second = {name.removeprefix("hires."): fields.pop(name) for name in list(fields) if name.startswith("hires.")}
     if second and "scale" not in second:
         name, value = next(iter(second.items()))
@@ -242,6 +279,42 @@ def _option(text: str) -> tuple[str, float]:
         return name.strip().replace("-", "_"), float(number if equals and name.strip() else "")
     except ValueError:
         raise ValueError(f"option={text!r}: NAME=NUMBER is needed, as in s_churn=10") from None
+
+
+def read_control(text: str) -> Control:
+    """`MODEL,image=edges.png,weight=0.8` as a Control; names that it has no field for are its annotator's options."""
+    model, *rest = text.split(",")
+    values: dict[str, Any] = {"model": model.strip()}
+    options: dict[str, float] = {}
+    kinds = {field.name: field.type for field in fields_of(Control)}
+    for part in rest:
+        name, equals, value = (each.strip() for each in part.partition("="))
+        if not equals or not name:
+            raise ValueError(f"control={text!r}: MODEL,KEY=VALUE,... is needed, {part!r} is no KEY=VALUE")
+        try:
+            if name in kinds and name != "options":
+                values[name] = float(value) if kinds[name] == "float" else value
+            else:
+                options[name] = float(value)
+        except ValueError:
+            raise ValueError(f"control={text!r}: {name}={value!r}: a number is needed") from None
+    return Control(**values, options=options)
+
+
+def _tags(args: argparse.Namespace) -> Iterator[str]:
+    """The tags that --lora and --hypernet stand for; a colon of a drive or a path is no strength."""
+    for kind, names in (("lora", getattr(args, "loras", [])), ("hypernet", getattr(args, "hypernets", []))):
+        for text in names:
+            name, colon, strength = text.rpartition(":")
+            try:
+                float(strength if colon else "x")
+            except ValueError:
+                name, strength = text, "1"
+            if set(name) & set("<>:"):
+                raise ValueError(
+                    f"{kind}={text!r}: a name with '<', '>' or ':' cannot stand in a prompt; move the file"
+                )
+            yield f" <{kind}:{name}:{strength}>"
 
 
 @dataclass(frozen=True)

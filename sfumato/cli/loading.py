@@ -10,6 +10,7 @@ from PIL import Image
 from sfumato.families import FAMILIES, Family, find_family
 from sfumato.pipeline import Memory, Pipeline, box_path
 from sfumato.weights.overrides import remember
+from sfumato.weights.shelf import USUAL, VARIABLE
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="PATH", help="take the autoencoder from this file or folder")
     add("--ema", action="store_true", help="use the averaged weights of a full training checkpoint")
     add("--variant", metavar="NAME", help="a folder's files of this variant, such as fp16")
+    add(
+        "--adapters",
+        action="append",
+        metavar="DIR",
+        help="a folder of LoRAs, embeddings, hypernetworks, ControlNets, "
+        f"by whose names prompts call them; may be repeated (default: ${VARIABLE}, else {' and '.join(USUAL)})",
+    )
     add("--vram", nargs="?", const="free", metavar="GIB", help="fit into so much memory of the device (no number: what "
         "is free) by half precision, slices, tiles, moving networks; the plan is told first")  # fmt: skip
 
@@ -74,7 +82,7 @@ def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeli
     family = family_flag(args)
     pipeline = Pipeline.from_pretrained(
         args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
-        memory=memory_flag(args),
+        memory=memory_flag(args), adapters=args.adapters,
     )  # fmt: skip
     path = Path(args.ckpt or box_path())
     if family is not None and path.is_file():

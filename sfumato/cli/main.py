@@ -20,6 +20,7 @@ COMMANDS = {
     "upscale": "enlarge a picture",
     "edit": "change a picture by words, from the noise that it could have come from",
     "augment": "draw over every picture of a folder",
+    "annotate": "make hints that steer drawing from pictures",
     "compress": "write pictures as small files of latents",
     "expand": "show such files as pictures again",
     "plot": "draw a table of pictures that vary along axes",
@@ -27,10 +28,12 @@ COMMANDS = {
     "inspect": "tell what a checkpoint is",
     "convert": "write a checkpoint in another layout or precision",
     "merge": "merge checkpoints, or bake in an autoencoder",
+    "lora": "tell, merge, extract and resize adapters",
     "prune": "write only what drawing needs",
     "extract-ema": "write the averaged weights of a training checkpoint",
     "data": "choose, measure, score and check pictures to train on",
     "train": "look after training runs",
+    "evaluate": "measure how near drawn pictures are to real ones and to their captions",
 }
 
 

@@ -26,9 +26,9 @@ from sfumato.families import Model
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict, job_to_dict
+from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.plot import Cell, Plot, checked, final_size, plot_of
 from sfumato.tasks.sheet import Names, Sheet
-from sfumato.tasks.studio import Pictures
 
 log = logging.getLogger(__name__)
 

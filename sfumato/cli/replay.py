@@ -18,7 +18,7 @@ from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks.checks import job_from_dict
-from sfumato.tasks.studio import PICTURES
+from sfumato.tasks.pictures import PICTURES
 from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Recipe:
     together: tuple[Job, ...] = ()
     place: int = 0  # of the job in them
     pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that the job names
+    adapters: dict[str, str] = field(default_factory=dict)  # and of the files that its prompts and controls name
 
 
 def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
@@ -74,7 +75,9 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
         if not 0 <= place < len(jobs) or jobs[place] != job:
             raise ValueError(f"picture={str(path)!r}: its recipe is damaged (together, place {place})")
     pictures = {str(key): str(value) for key, value in part({"pictures": {}} | made, "pictures", dict).items()}
-    return Recipe(job, index, name, digest, part(made, "precision", str), made_with, tuple(jobs), place, pictures)
+    adapters = {str(key): str(value) for key, value in part({"adapters": {}} | made, "adapters", dict).items()}
+    precision = part(made, "precision", str)
+    return Recipe(job, index, name, digest, precision, made_with, tuple(jobs), place, pictures, adapters)
 
 
 def draw(pipeline: Pipeline, old: Recipe) -> Result:
@@ -114,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
     for name, digest in old.pictures.items():
         if result.pictures.get(name) != digest:
             log.warning("%s: %r is not the picture that this was drawn from", name, getattr(old.job, name))
+    for name, digest in old.adapters.items():
+        if result.adapters.get(name) != digest:
+            log.warning("%s is not the file that this was drawn with", name)
     again = result.images[old.index]
     if args.out:
         save_png(Path(args.out), again, recipe(result, old.index))

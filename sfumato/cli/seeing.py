@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import numpy as np
 
 from sfumato.engine import Run
 from sfumato.families import Model
+from sfumato.families.conditioning import Word
 from sfumato.images import save_png
 from sfumato.images.fitting import fitted
 from sfumato.images.heat import heated
 from sfumato.images.moving import FORMATS, save_moving, strip
 from sfumato.tasks.checks import complete
 from sfumato.tasks.observing import Film, Where, places_of
+from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.previews import KINDS, previewer
 from sfumato.tasks.scenes import Scene
-from sfumato.tasks.studio import Pictures
 from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class Seeing:
     ValueError where a word is not in a prompt, or what is wanted does not go with tiles.
     """
 
-    def __init__(self, args: argparse.Namespace, model: Model) -> None:
+    def __init__(self, args: argparse.Namespace, model: Model, embeddings: Mapping[str, Word] | None = None) -> None:
+        self.embeddings = embeddings
         self.model, self.words, self.kind = model, list(args.where), args.film
         self._preview = previewer(args.preview, model, args.preview_decoder) if args.film else None
         self._film: Film | None = None
@@ -58,7 +61,7 @@ class Seeing:
         if self.words and job.upscale is not None:
             raise ValueError(f"where={self.words[0]!r}: a picture drawn over in tiles has no single map")
         for word in self.words:
-            places_of(word, complete(job, self.model.family, pictures.size(job)), self.model)
+            places_of(word, complete(job, self.model.family, pictures.size(job)), self.model, self.embeddings)
 
     def begin(self) -> Any:
         """What is to be shown the runs of the next job; None where nothing is to be seen."""
@@ -79,7 +82,7 @@ class Seeing:
             self._save_film([*self._film.frames(index), image], path)
         for word in self.words:
             assert self._where is not None
-            heat = self._where.heat(index, places_of(word, result.job, self.model))
+            heat = self._where.heat(index, places_of(word, result.job, self.model, self.embeddings))
             if heat is None:
                 log.warning("where %r: nothing was drawn, so no word looked anywhere", word)
                 continue

@@ -14,9 +14,9 @@ from sfumato.families import Family
 from sfumato.images import Picture, resize
 from sfumato.images.fitting import fitted
 from sfumato.images.masks import blurred, box_of, feathered, filled, laid_on, shaped_like
+from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.profiles import find_profile
 from sfumato.tasks.scenes import size_of
-from sfumato.tasks.studio import Pictures
 from sfumato.types import Job
 
 PAPER = 255  # what is behind a picture with transparent parts, as A1111's

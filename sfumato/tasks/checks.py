@@ -13,14 +13,17 @@ from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
 from sfumato.images import UPSCALERS
+from sfumato.images.annotate import find_annotator
 from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.picture_checks import MAX_SIDE, check_fields_together, complete_picture
 from sfumato.tasks.profiles import find_profile
-from sfumato.types import Hires, Job
+from sfumato.types import Control, Hires, Job
 
 MAX_COUNT = 10_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000.0
+CONTROL_MODES = ("balanced", "prompt", "control", "guess")
+CONTROL_FITS = ("crop", "stretch", "fill")
 LATENT_UPSCALERS = ("latent", "latent bilinear", "latent bicubic", "latent nearest")
 
 
@@ -164,6 +167,7 @@ def _check_numbers(job: Job, family: Family) -> None:
         if value is not None or name in REQUIRED:
             require_number(name, value, allowed)
     _check_tiles(job, family)
+    _check_controls(job)
     if job.guidance_start >= job.guidance_end:
         raise ValueError(f"guidance_start={job.guidance_start}: less than guidance_end={job.guidance_end} is needed")
     if job.guidance_high is not None and job.guidance_high <= job.guidance_low:
@@ -239,6 +243,36 @@ def _complete_hires(hires: Any, sampler: Sampler) -> Hires:
     return replace(hires, sampler=found.name, schedule=schedule)
 
 
+def _check_controls(job: Job) -> None:
+    """ValueError where one of the controls is wrong in itself."""
+    if not isinstance(job.controls, tuple):
+        raise ValueError(f"controls={job.controls!r}: a list of controls is needed")
+    for number, control in enumerate(job.controls):
+        name = f"controls[{number}]"
+        if not isinstance(control, Control):
+            raise ValueError(f"{name}={control!r}: a control is needed, such as {{'model': ..., 'image': ...}}")
+        if not isinstance(control.model, str) or not control.model:
+            raise ValueError(f"{name}.model={control.model!r}: the name or file of a network is needed")
+        for field in ("image", "annotate"):
+            if not isinstance(getattr(control, field), (str, NoneType)):
+                raise ValueError(f"{name}.{field}={getattr(control, field)!r}: text is needed")
+        if control.image is None and job.image is None:
+            raise ValueError(f"{name}.image=None: a picture is needed, here or as the job's image")
+        require_number(f"{name}.weight", control.weight, Range(0, 10))
+        require_number(f"{name}.start", control.start, FRACTION)
+        require_number(f"{name}.end", control.end, FRACTION)
+        if control.start >= control.end:
+            raise ValueError(f"{name}.start={control.start}: less than end={control.end} is needed")
+        if control.mode not in CONTROL_MODES:
+            raise ValueError(f"{name}.mode={control.mode!r}: one of {', '.join(CONTROL_MODES)}")
+        if control.resize not in CONTROL_FITS:
+            raise ValueError(f"{name}.resize={control.resize!r}: one of {', '.join(CONTROL_FITS)}")
+        if control.annotate is not None:
+            find_annotator(control.annotate)
+        if not isinstance(control.options, dict):
+            raise ValueError(f"{name}.options={control.options!r}: names with numbers are needed")
+
+
 def sampler_of(job: Job) -> Sampler:
     """The sampler of a complete job."""
     return find_sampler(str(job.sampler))
@@ -253,7 +287,17 @@ def job_from_dict(values: dict[str, Any]) -> Job:
         values["hires"] = Hires(**values["hires"])
     if isinstance(values.get("freeu"), list):
         values["freeu"] = tuple(values["freeu"])
+    if isinstance(values.get("controls"), (list, tuple)):
+        values["controls"] = tuple(_control(each, number) for number, each in enumerate(values["controls"]))
     return Job(**values)
+
+
+def _control(values: Any, number: int) -> Any:
+    """A control from plain JSON; what is no mapping is left for `complete` to refuse."""
+    if not isinstance(values, dict):
+        return values
+    _require_fields(values, Control, f"controls[{number}].")
+    return Control(**values)
 
 
 def _require_fields(values: dict[str, Any], kind: type[Any], prefix: str = "") -> None:

@@ -6,13 +6,14 @@ An observer is shown every run before it begins. Letters: H W pixels, h w latent
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 
 from sfumato.diffusion.guidance import Looker, Looking
 from sfumato.engine import Run
 from sfumato.families import Model
-from sfumato.families.conditioning import TextOptions, chunks_of
+from sfumato.families.conditioning import TextOptions, Word, chunks_of
 from sfumato.images import resize
 from sfumato.prompts.prompt import parse
 from sfumato.tasks.previews import Preview, Recorder
@@ -74,7 +75,7 @@ class Where:
         return scene.placed(looker.heat(places, size_of(scene.job))[row].float().cpu().numpy())
 
 
-def places_of(word: str, job: Job, model: Model) -> list[int]:
+def places_of(word: str, job: Job, model: Model, embeddings: Mapping[str, Word] | None = None) -> list[int]:
     """The tokens that a word, or words, of a job's prompt are, counted over all chunks with their start and end tokens.
 
     Where the prompt changes on the way, those of what it is first. ValueError where the word is not in it.
@@ -86,7 +87,12 @@ def places_of(word: str, job: Job, model: Model) -> list[int]:
     options = TextOptions(job.weighting or profile.weighting, job.clip_skip, long=profile.long)
     wanted = tokenizer.encode(word)
     found: list[int] = []
-    for number, chunk in enumerate(chunks_of(text, tokenizer, room, options)):
+    counts = {name: len(each.vectors[0]) for name, each in (embeddings or {}).items()}
+    for number, chunk in enumerate(chunks_of(text, tokenizer, room, options, counts)):
+        for place in chunk.places:
+            if place.name.lower() == word.lower():
+                first = number * tower.config.max_length + 1 + place.position
+                found += range(first, first + counts[place.name])
         for start in range(len(chunk.ids) - len(wanted) + 1):
             if wanted and list(chunk.ids[start : start + len(wanted)]) == wanted:
                 found += [number * tower.config.max_length + 1 + start + offset for offset in range(len(wanted))]

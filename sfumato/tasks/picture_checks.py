@@ -33,9 +33,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "colour_variation": SIDES,
 }
 EXCLUDES: Mapping[str, tuple[str, ...]] = {
-    "upscale": (*MASKS, *SIDES, "mask_invert", "mask_soft", "only_masked", "depth", "tile"),
-    **dict.fromkeys(SIDES, (*MASKS, "mask_invert", "mask_soft", "only_masked", "depth", "seamless")),
-    "only_masked": ("seamless",),
+    "upscale": (*MASKS, *SIDES, "mask_invert", "mask_soft", "only_masked", "depth", "tile", "controls"),
+    **dict.fromkeys(SIDES, (*MASKS, "mask_invert", "mask_soft", "only_masked", "depth", "seamless", "controls")),
+    "only_masked": ("seamless", "controls"),
 }
 
 

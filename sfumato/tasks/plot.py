@@ -26,9 +26,9 @@ from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.checks import LATENT_UPSCALERS, complete
 from sfumato.tasks.hires import second_job
 from sfumato.tasks.picture_checks import FILLS
+from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.profiles import PROFILES
 from sfumato.tasks.scenes import sigmas_of, size_of
-from sfumato.tasks.studio import Pictures
 from sfumato.types import Hires, Job
 
 MAX_CELLS = 10_000

@@ -8,8 +8,8 @@ from sfumato.families import Model
 from sfumato.memory import GIB, free_memory
 from sfumato.memory.estimate import Kernels, decoder_bytes, unet_bytes
 from sfumato.tasks.picture_checks import SIDES
+from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.scenes import size_of
-from sfumato.tasks.studio import Pictures
 from sfumato.types import Job
 
 

@@ -22,6 +22,7 @@ from sfumato.engine import Run, Watch
 from sfumato.families import Model
 from sfumato.tasks.checks import sampler_of
 from sfumato.tasks.diffusers_scheduler import Scheduler, scheduler_of
+from sfumato.tasks.extras import Extras
 from sfumato.tasks.profiles import find_profile
 from sfumato.tasks.telling import guidance_of
 from sfumato.types import Job
@@ -189,10 +190,10 @@ def _noises(scene: Scene, model: Model) -> list[tuple[slice, Noise]]:
 
 
 @torch.inference_mode()
-def runs_of(scene: Scene, model: Model, watch: Watch | None = None) -> list[Run]:
+def runs_of(scene: Scene, model: Model, watch: Watch | None = None, extras: Extras | None = None) -> list[Run]:
     """The runs of a scene, not yet begun: one for each picture, so that the engine may batch them as it likes."""
     job, sampler = scene.job, sampler_of(scene.job)
-    plan = guidance_of(job, model, scene.concat, scene.label)
+    plan = guidance_of(job, model, scene.concat, scene.label, extras)
     options = sampler_options(job, model)
     scale = scene.scale
     if scale is None:

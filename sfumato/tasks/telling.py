@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,33 +11,46 @@ from torch import Tensor
 
 from sfumato.diffusion.guidance import Guidance, Options, Weighted, Window, plan
 from sfumato.families import Model
-from sfumato.families.conditioning import Sizes, TextOptions, alike, encode
+from sfumato.families.conditioning import Sizes, TextOptions, alike, describe, encode
+from sfumato.prompts.networks import Network
 from sfumato.prompts.prompt import Part, parse
+from sfumato.tasks.extras import Extras
 from sfumato.tasks.profiles import Profile, find_profile
 from sfumato.types import Cond, Job
-
-log = logging.getLogger(__name__)
 
 PICTURE_GUIDANCE = 1.5  # InstructPix2Pix's usual one
 Entries = Sequence[tuple[int, Cond]]
 
 
-def guidance_of(job: Job, model: Model, concat: Tensor | None = None, label: int | None = None) -> Guidance:
-    """The plan of a complete job; `concat` (1, Cc, h, w) is what the U-Net sees beside x, `label` its class."""
+def guidance_of(
+    job: Job, model: Model, concat: Tensor | None = None, label: int | None = None, extras: Extras | None = None
+) -> Guidance:
+    """The plan of a complete job; `concat` (1, Cc, h, w) is what the U-Net sees beside x, `label` its class.
+
+    What the job names beside the model comes from `extras`; without them ValueError where it names anything.
+    """
     profile, options = find_profile(job.like), guidance_options(job, model)
     texts = TextOptions(job.weighting or profile.weighting, job.clip_skip, long=profile.long)
     steps = int(job.steps or 1)
-    positive = read(job.prompt, steps, profile)
+    positive, networks = read(job.prompt, steps, profile)
     guided = options.scale != 1.0 or options.picture is not None
-    negative = read(job.negative, steps, profile, negative=True) if guided else []
+    negative = read(job.negative, steps, profile, negative=True)[0] if guided else []
+    extras = Extras(model) if extras is None else extras
+    garments = extras.garments(networks)
+    extras.wear(tuple(garment.what for garment in garments))  # the text encoders read with them on
+    steered, steered_negative = extras.steered(job)
     wide = sizes(job), sizes(job, negative=True)
     conds: dict[tuple[str, bool], Cond] = {}
     for part, is_negative in [*((part, False) for part in positive), *((part, True) for part in negative)]:
         for _, text in part.timeline:
             if (text, is_negative) not in conds:
                 zero = is_negative and profile.zero_negative
-                conds[text, is_negative] = encode(model, text, wide[is_negative], texts, negative=zero)
-    even = {key: replace(cond, concat=concat) for key, cond in zip(conds, alike(list(conds.values())), strict=True)}
+                words = extras.embeddings
+                conds[text, is_negative] = encode(model, text, wide[is_negative], texts, zero, words)
+    even = {
+        key: replace(cond, concat=concat, worn=garments, steered=steered_negative if key[1] else steered)
+        for key, cond in zip(conds, alike(list(conds.values())), strict=True)
+    }
     if label is not None:
         even = {key: replace(cond, vector=torch.tensor([label], device=model.device)) for key, cond in even.items()}
     late = 1 - profile.first_step  # where schedules count from 0, everything holds for one step more
@@ -50,14 +62,34 @@ def guidance_of(job: Job, model: Model, concat: Tensor | None = None, label: int
     return plan(parts, told(negative[0], True) if negative else None, options, model.family.prediction)
 
 
-def read(text: str, steps: int, profile: Profile, negative: bool = False) -> Sequence[Part]:
-    """A prompt's parts, by the profile's grammar; adapters that it names are reported."""
+def read(text: str, steps: int, profile: Profile, negative: bool = False) -> tuple[Sequence[Part], Sequence[Network]]:
+    """A prompt's parts and the networks that its tags name, by the profile's grammar."""
     if not profile.grammar:
-        return [Part(1.0, ((steps, text),))]
+        return [Part(1.0, ((steps, text),))], ()
     prompt = parse(text, steps, negative=negative)
-    for network in prompt.networks:
-        log.warning("prompt: <%s>: adapters are not loaded from prompts yet; it is left out", network)
-    return prompt.parts
+    return prompt.parts, prompt.networks
+
+
+def networks_of(job: Job) -> tuple[Network, ...]:
+    """The networks that a job's prompts name, those of its second pass behind the first's."""
+    profile, steps = find_profile(job.like), int(job.steps or 1)
+    prompts = [job.prompt, *([job.hires.prompt] if job.hires is not None and job.hires.prompt else [])]
+    return tuple(dict.fromkeys(network for prompt in prompts for network in read(prompt, steps, profile)[1]))
+
+
+def named_files(job: Job, model: Model, extras: Extras) -> dict[str, str]:
+    """SHA-256 of every file beside the model that a complete job is drawn with, by "kind:name"."""
+    profile, steps = find_profile(job.like), int(job.steps or 1)
+    found = extras.hashes(networks_of(job), job.controls)
+    if not extras.embeddings:
+        return found
+    second = [] if job.hires is None else [(job.hires.prompt, False), (job.hires.negative, True)]
+    options = TextOptions(job.weighting or profile.weighting, job.clip_skip, long=profile.long)
+    for prompt, negative in [(job.prompt, False), (job.negative, True), *second]:
+        for part in read(prompt or "", steps, profile, negative)[0]:
+            for _, text in part.timeline:
+                found |= {f"embedding:{name}": hash for name, hash in describe(model, text, options, extras.embeddings)}
+    return found
 
 
 def guidance_options(job: Job, model: Model) -> Options:
