@@ -35,6 +35,7 @@ PEERS = {
     "torchvision",
     "open_clip",
     "clip",
+    "lycoris",
     "compel",
     "peft",
     "ldm",

@@ -24,7 +24,7 @@ from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
 from sfumato.tasks.picture_checks import FILLS
 from sfumato.tasks.plot import field_kinds, read_numbers
-from sfumato.tasks.profiles import PROFILES, find_profile
+from sfumato.tasks.profiles import PROFILES
 from sfumato.tasks.scenes import seeds_of
 from sfumato.types import Control, Hires, Job
 
@@ -263,8 +263,6 @@ def job_from_flags(args: argparse.Namespace, **own: Any) -> Job:
     if isinstance(fields.get("controls"), list):
         fields["controls"] = tuple(map(read_control, fields["controls"]))
     if tags := "".join(_tags(args)):
-        if fields.get("like") in PROFILES and not find_profile(fields["like"]).grammar:
-            raise ValueError(f"lora: prompts like {fields['like']}'s have no tags to name it by")
         fields["prompt"] = f"{fields.get('prompt') or ''}{tags}"
     second = {name.removeprefix("hires."): fields.pop(name) for name in list(fields) if name.startswith("hires.")}
     if second and "scale" not in second:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.diffusion.guidance import Guidance, Options, Weighted, Window, plan
 from sfumato.families import Model
 from sfumato.families.conditioning import Sizes, TextOptions, alike, describe, encode
-from sfumato.prompts.networks import Network
+from sfumato.prompts.networks import Network, extract
 from sfumato.prompts.prompt import Part, parse
 from sfumato.tasks.extras import Extras
 from sfumato.tasks.profiles import Profile, find_profile
@@ -63,9 +63,10 @@ def guidance_of(
 
 
 def read(text: str, steps: int, profile: Profile, negative: bool = False) -> tuple[Sequence[Part], Sequence[Network]]:
-    """A prompt's parts and the networks that its tags name, by the profile's grammar."""
+    """A prompt's parts and the networks that its tags name; of other grammar as the profile has it."""
     if not profile.grammar:
-        return [Part(1.0, ((steps, text),))], ()
+        bare, networks = (text, ()) if negative else extract(text)
+        return [Part(1.0, ((steps, bare),))], networks
     prompt = parse(text, steps, negative=negative)
     return prompt.parts, prompt.networks
 
