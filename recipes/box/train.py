@@ -206,7 +206,7 @@ def train_diffusion(options: Options) -> None:
     context = states if options.train_text else frozen(states)
     objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig(min_snr_gamma=5.0))
     config = LoopConfig(
-        options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=500,
+        options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=1000,
         warmup=200, ema_decay=0.999,
     )  # fmt: skip
     if options.start and not state_path(options.run).exists():

@@ -146,9 +146,12 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
     },
     "steering": {
         "controls": Flag(
-            "MODEL[,KEY=VALUE]", "a ControlNet's name or file, and image=PATH, annotate=canny, weight=1, start=0, end=1, "
+            "MODEL[,KEY=VALUE]",
+            "a ControlNet's name or file, and image=PATH, annotate=canny, weight=1, start=0, end=1, "
             "mode=balanced|prompt|control|guess, resize=crop|stretch|fill, options such as low=100 (docs/control.md); "
-            "may be repeated", "none", names=("--control",),
+            "may be repeated",
+            "none",
+            names=("--control",),
         ),
     },
     "large pictures": {
