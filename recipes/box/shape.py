@@ -16,7 +16,7 @@ BOX = replace(
     unet=UNetConfig(
         in_channels=4,
         out_channels=4,
-        channels=64,
+        channels=48,
         channel_mult=(1, 2, 4),
         num_res_blocks=2,
         transformer_depth=(0, 1, 1),
@@ -28,5 +28,5 @@ BOX = replace(
         channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, latent_channels=4, norm_groups=4
     ),
     size=128,
-    latent_scale=1.0,  # 1 / std of the latents over data/box2
+    latent_scale=0.70541,  # 1 / std of the latents over data/box2
 )
