@@ -7,11 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from recipes.box import data
-from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, shade
-from recipes.box.things import ALIASES, COMMON, names_of, with_article
+from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, scene_caption, shade
+from recipes.box.judge import HEADS, NOTHING, THINGS, scores, truth
+from recipes.box.report import singles
+from recipes.box.things import ALIASES, COMMON, HELD_OUT, names_of, with_article
 
 
 def disc(side: int = 64, colour: tuple[int, int, int] = (255, 0, 0)) -> np.ndarray:
@@ -111,6 +114,60 @@ def test_names() -> None:
     assert names_of("hamster face", is_animal=True)[0] == "hamster"
     assert names_of("full moon face") == ("full moon face",)
     assert not set(COMMON) & set(ALIASES)
+
+
+def green() -> data.Sprite:
+    rgba = data.trim(disc(colour=(0, 160, 0)))
+    thing = data.Thing("1f7e2", "green circle", ("orb",), (), "objects")
+    return data.Sprite(thing, data.ART[0], rgba, data.visible_on(rgba))
+
+
+def test_scenes_stand_as_their_captions_say() -> None:
+    """Red and green discs: where they are is what the relation and the judge's answers say."""
+    relations = set()
+    for seed in range(60):
+        picture, caption, facts = data.make_scene([sprite(), green()], 64, np.random.default_rng(seed))
+        pixels = np.asarray(picture).astype(int)
+        red, back = pixels[..., 0] - pixels[..., 1], pixels[0, 0]
+        where = {}
+        for name, colour in (("disc", (255, 0, 0)), ("orb", (0, 160, 0))):
+            near = np.abs(pixels - colour).sum(2) < 60
+            where[name] = np.argwhere(near).mean(0)
+        assert np.abs(back - (255, 0, 0)).sum() > 60 and red.size
+        first, second = where[facts["thing"]], where[facts["second"]]
+        rows, columns = first - second
+        expected = {"left": columns < -20, "right": columns > 20, "above": rows < -20, "below": rows > 20}
+        assert expected[facts["relation"]], (caption, facts)
+        words = {"left": "left of", "right": "right of", "above": ("above", "over"), "below": ("below", "under")}
+        said = words[facts["relation"]]
+        assert any(word in caption for word in ([said] if isinstance(said, str) else said)), caption
+        relations.add(facts["relation"])
+    assert len(relations) == 4
+
+
+def test_scene_captions_read_well() -> None:
+    rng = np.random.default_rng(0)
+    captions = {scene_caption((("cat",), ("sun",)), "left", "3d", "orange", rng) for _ in range(300)}
+    assert "a cat to the left of the sun on an orange background" in captions
+    assert "3d render of a cat to the left of the sun on an orange background" in captions
+    assert any(caption.startswith(("3d cat", "a 3d cat")) for caption in captions)
+    assert not any("a orange" in caption or "{" in caption for caption in captions)
+
+
+def test_the_judge_knows_which_thing_is_first() -> None:
+    facts = {"thing": "cat", "second": "pizza", "relation": "right", "style": "3d", "background": "red"}
+    cat, pizza = THINGS.index("cat"), THINGS.index("pizza")
+    assert truth(facts)[:3] == (1, pizza, cat)
+    assert truth(facts | {"relation": "above"})[:3] == (2, cat, pizza)
+    assert truth({"thing": "cat", "style": "3d", "background": "red"})[:3] == (0, cat, NOTHING)
+    asked = list(singles(True, 12, np.random.default_rng(0)))
+    assert len({each.prompt for each in asked}) == 12 == len(HELD_OUT)
+    right = torch.tensor([each.answers for each in asked])
+    perfect = {
+        name: torch.nn.functional.one_hot(right[:, i].clamp(min=0), len(HEADS[name])).float()
+        for i, name in enumerate(HEADS)
+    }
+    assert scores(perfect, right) == {"thing top-1": 1, "thing top-5": 1, "style": 1, "background": 1}
 
 
 def test_build_is_deterministic_and_complete(tmp_path, monkeypatch) -> None:

@@ -25,7 +25,13 @@ from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline
 from sfumato.train.alignment import Alignment, projector, teacher_of
-from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise, random_crops
+from sfumato.train.autoencoder import (
+    AutoencoderLoss,
+    AutoencoderObjective,
+    initialise,
+    random_crops,
+    shrunk_and_turned,
+)
 from sfumato.train.clip import MAX_LOGIT_SCALE, CLIPObjective, HardBatches, caption_numbers, contrastive
 from sfumato.train.critic import CriticConfig, PatchCritic, adaptive_weight, critic_hinge
 from sfumato.train.data import CaptionedBatch, LatentBatch
@@ -281,6 +287,29 @@ def test_a_critic_tells_what_was_made_from_what_is_real():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0] and figures["critic_real"] > figures["critic_fake"] + 1
+
+
+def test_latents_are_shrunk_and_turned_with_their_pictures():
+    """A picture whose every cell is flat stays so: what becomes of a cell in the latents, becomes of its pixels."""
+    latents = torch.rand(2, 3, 6, 6, generator=seeded())
+    images = latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    sizes = set()
+    for seed in range(40):
+        small, target = shrunk_and_turned(latents, images, seeded(seed))
+        assert target.shape[-1] == 4 * small.shape[-1] and small.shape[-2] == small.shape[-1]
+        sizes.add(small.shape[-1])
+        means = torch.nn.functional.avg_pool2d(target, 4)
+        assert (means - small).abs().max() < 0.12, "the same places, up to what shrinking twice smooths otherwise"
+        if small.shape[-1] == 6:
+            assert any(torch.equal(small, torch.rot90(latents, turns, (2, 3))) for turns in range(4))
+            assert torch.equal(means, small) or torch.allclose(means, small)
+    assert sizes == {3, 4, 5, 6}
+    with pytest.raises(ValueError, match="equivariance=1.5: 0 to 1 is allowed"):
+        AutoencoderLoss(equivariance=1.5)
+    objective = AutoencoderObjective(autoencoder(), AutoencoderLoss(equivariance=1.0))
+    loss, _ = objective.loss(batch(2, 16), seeded())
+    loss.backward()
+    assert loss.isfinite() and objective.network.encoder.conv_in.weight.grad is not None
 
 
 def test_crops_are_places_of_the_picture():
