@@ -8,11 +8,11 @@ knows no tasks, prompts or files.
 from __future__ import annotations
 
 import logging
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -143,17 +143,22 @@ class Engine:
         if cond.concat is not None:
             x = torch.cat([x, cond.concat.to(x)], dim=1)
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
-        residuals = self._residuals(x, t, cond) if cond.steered else None
-        return self.model.unet(x, t, cond.context, cond.vector, cond.state, told.maps, told.cross, residuals)
+        unet, arguments = self.model.unet, (x, t, cond.context, cond.vector, cond.state, told.maps, told.cross)
+        if not cond.steered:
+            return unet(*arguments)
+        with ExitStack() as around:
+            for steer in cond.steered:
+                around.enter_context(steer.network.around(unet, steer.hint.to(x.dtype), steer.weight))
+            return unet(*arguments, self._residuals(x, t, cond))
 
     def _residuals(self, x: Tensor, t: Tensor, cond: Cond) -> Residuals:
-        """What all that steers says, together."""
+        """What all that steers adds, together."""
         x = x[:, : self.model.family.autoencoder.latent_channels]
-        said = (
-            steer.network(x, t, cond.context, cond.vector, steer.hint.to(x)).scaled(steer.weight)
-            for steer in cond.steered
-        )
-        return reduce(operator.add, said)
+        total = Residuals()
+        for steer in cond.steered:
+            found = steer.network.residuals(x, t, cond.context, cond.vector, steer.hint.to(x.dtype))
+            total = total if found is None else total + found.scaled(steer.weight)
+        return total
 
     @torch.inference_mode()
     def drive(self, runs: Sequence[Run]) -> list[Tensor | None]:
@@ -269,7 +274,7 @@ def _rows(runs: Sequence[Run], factor: int) -> Iterable[_Row]:
 
 def _part(steer: Steer, query: Query, factor: int) -> Steer:
     """What steers a tile: its own part of the hint, which has `factor` pixels to a cell."""
-    if query.window is None:
+    if query.window is None or steer.hint.ndim != 4:
         return steer
     top, left, height, width = (factor * cells for cells in query.window)
     return replace(steer, hint=crop(steer.hint, (top, left, height, width)))

@@ -5,9 +5,10 @@ Letters: B batch, C latent channels, H W pixels, h = H/f and w = W/f latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +38,8 @@ class Control:
     """A picture that steers a drawing through a network of its own (tasks/extras.py).
 
     `model` is the network's name or file, `image` the picture (None: the job's own), `annotate` what makes the hint of
-    it, such as "canny" with its `options` (None: it is the hint). It works with `weight` in the steps from fraction
+    it, such as "canny" with its `options` (None: it is the hint), or for IP-Adapters the image encoder (None: the one
+    there is). It works with `weight` in the steps from fraction
     `start` to before `end`. `mode`: "balanced", or what matters more: "prompt", "control"; or "guess".
     """
 
@@ -177,15 +179,25 @@ class Garment:
     end: float = 1.0
 
 
+class Steering(Protocol):
+    """A network beside the U-Net. Letters as in Steer; `hint` and what comes back have a row for each of x."""
+
+    def residuals(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, hint: Tensor) -> Any:
+        """What is added inside the U-Net (models.residuals.Residuals); None: nothing."""
+
+    def around(self, unet: Any, hint: Tensor, weight: float | tuple[float, ...]) -> AbstractContextManager[None]:
+        """Inside, the U-Net is changed; afterwards it is as it was."""
+
+
 @dataclass(frozen=True, eq=False)
 class Steer:
     """A network that steers the U-Net by a picture in the steps from fraction `start` to before `end`.
 
-    `network(x, t, context, vector, hint)` gives Residuals, which `weight` scales: one number, or one for each layer.
-    The `hint` (1, 3, H, W) in [0, 1] is as large as the pictures drawn.
+    The `hint` is (1, 3, H, W) in [0, 1], as large as the pictures drawn, or tokens (1, N, D) that stand for a picture.
+    `weight` is one number, or one for each layer.
     """
 
-    network: Callable[..., Any]
+    network: Steering
     hint: Tensor
     weight: float | tuple[float, ...] = 1.0
     start: float = 0.0

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from sfumato import Pipeline
+from sfumato.models.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from sfumato.types import Control
+from sfumato.weights.controls import save_ip_adapter
 from sfumato.weights.embeddings import Embedding, save_embedding
 from tests.conftest import randomise
 from tests.test_cache import write_folder
@@ -88,6 +90,33 @@ def test_controlnets_are_diffusers(pair, controls, arguments):
     ours = pair.ours(
         controls=tuple(Control(name, str(pair.hint), **more) for name, more in zip(names, controls, strict=False))
     )
+    agree(ours, theirs, pair.ours())
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_picture_as_a_prompt_is_diffusers(pair, weight):
+    """An IP-Adapter with its image encoder, from files in the published names."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = CLIPVisionConfig(**shape, image_size=32, patch_size=8, projection_dim=12, hidden_act="quick_gelu")
+    tower = CLIPVisionModelWithProjection(config).eval()
+    tower.save_pretrained(pair.shelf / "clip_vision")
+    model = Pipeline.from_pretrained(pair.base.config._name_or_path, adapters=[]).model
+    width = model.family.unet.context_dim
+    shape = IPAdapterConfig(image_dim=12, context_dim=width, num_tokens=4)
+    adapter = IPAdapter(shape, [attention.to_q.in_features for attention in cross_attentions(model.unet)])
+    save_ip_adapter(pair.shelf / "ControlNet" / "look.safetensors", randomise(adapter, 6))
+    pipe = diffusers.StableDiffusionPipeline.from_pipe(pair.base)
+    pipe.image_encoder = tower
+    pipe.feature_extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = str(pair.shelf / "ControlNet")
+    pipe.load_ip_adapter(folder, subfolder="", weight_name="look.safetensors", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(weight)
+    theirs = pair.theirs(pipe, ip_adapter_image=Image.open(pair.hint))
+    pipe.unload_ip_adapter()
+    ours = pair.ours(controls=(Control("look", str(pair.hint), weight=weight),))
     agree(ours, theirs, pair.ours())
 
 

@@ -13,7 +13,6 @@ from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
 from sfumato.images import UPSCALERS
-from sfumato.images.annotate import find_annotator
 from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.picture_checks import MAX_SIDE, check_fields_together, complete_picture
 from sfumato.tasks.profiles import find_profile
@@ -267,8 +266,6 @@ def _check_controls(job: Job) -> None:
             raise ValueError(f"{name}.mode={control.mode!r}: one of {', '.join(CONTROL_MODES)}")
         if control.resize not in CONTROL_FITS:
             raise ValueError(f"{name}.resize={control.resize!r}: one of {', '.join(CONTROL_FITS)}")
-        if control.annotate is not None:
-            find_annotator(control.annotate)
         if not isinstance(control.options, dict):
             raise ValueError(f"{name}.options={control.options!r}: names with numbers are needed")
 

@@ -20,13 +20,12 @@ from torch import Tensor
 from sfumato.families import Model
 from sfumato.images.annotate import annotate, find_annotator
 from sfumato.images.fitting import fitted
-from sfumato.models.controlnet import ControlNet
 from sfumato.models.hed import HED
 from sfumato.models.hypernetwork import worn
-from sfumato.models.residuals import Residuals
-from sfumato.models.t2i_adapter import T2IAdapter
+from sfumato.models.ip_adapter import IPAdapter
 from sfumato.prompts.networks import Hypernet, Lora, Network
 from sfumato.tasks.pictures import Pictures
+from sfumato.tasks.steering import Adding, Prompting, steering_of, weights_of
 from sfumato.types import Control, Garment, Job, Steer
 from sfumato.weights.adapters.adapter import Adapter
 from sfumato.weights.adapters.reading import load_adapter
@@ -37,11 +36,9 @@ from sfumato.weights.embeddings import Embedding, find_embeddings
 from sfumato.weights.files import sha256
 from sfumato.weights.hypernetworks import HypernetworkFile, load_hypernetwork
 from sfumato.weights.shelf import Shelf
+from sfumato.weights.towers import ImageTower, load_tower
 
 log = logging.getLogger(__name__)
-
-SOFT = 0.825  # each layer further from the middle counts so much less, in A1111's modes
-GUESS = 0.1  # of the first layer in diffusers' guess mode
 
 
 @dataclass(frozen=True)
@@ -53,22 +50,6 @@ class What:
     text: float = 1.0
     unet: float = 1.0
     dyn: int | None = None
-
-
-class Steering:
-    """A network that steers, called alike whether it looks at x or, as T2I-Adapters, at the hint alone."""
-
-    def __init__(self, network: ControlNet | T2IAdapter) -> None:
-        self.network = network
-
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None, hint: Tensor) -> Residuals:
-        if isinstance(self.network, ControlNet):
-            return self.network(x, t, context, vector, hint)
-        return self.network(hint)
-
-    def count(self, hint: Tensor) -> int:
-        """How many residuals it gives."""
-        return len(self.network.input_blocks) + 1 if isinstance(self.network, ControlNet) else len(self.network(hint))
 
 
 class Extras:
@@ -83,7 +64,8 @@ class Extras:
         self.pictures = Pictures()
         self._adapters: dict[Path, Adapter] = {}
         self._hypernets: dict[Path, HypernetworkFile] = {}
-        self._controls: dict[Path, Steering] = {}
+        self._controls: dict[Path, Adding | Prompting] = {}
+        self._towers: dict[Path, ImageTower] = {}
         self._embeddings: dict[str, Embedding] | None = None
         self._edges: HED | None = None
         self._wardrobe = Wardrobe(model)
@@ -141,18 +123,45 @@ class Extras:
 
     def steered(self, job: Job) -> tuple[tuple[Steer, ...], tuple[Steer, ...]]:
         """What steers the prompt's rows of a complete job, and those of its negative prompt."""
-        positive, negative = [], []
+        positive: list[Steer] = []
+        negative: list[Steer] = []
         for number, control in enumerate(job.controls):
-            network = self.control(control)
-            pixels = self.pictures.picture(control.image or str(job.image), f"controls[{number}].image").pixels
-            hint = self.hint(control, pixels, int(job.width or 0), int(job.height or 0))
-            hint = hint.to(self.model.device, self.model.dtype)
-            weight = weights_of(control, network.count(hint))
-            steer = Steer(network, hint, weight, control.start, control.end)
-            positive.append(steer)
-            if control.mode in ("balanced", "prompt"):
-                negative.append(steer)
+            name = f"controls[{number}].image"
+            pixels = self.pictures.picture(control.image or str(job.image), name).pixels
+            for found, rows in zip(self._steers(control, pixels, job), (positive, negative), strict=True):
+                if found is not None:
+                    rows.append(found)
         return tuple(positive), tuple(negative)
+
+    def _steers(self, control: Control, pixels: np.ndarray, job: Job) -> tuple[Steer | None, Steer | None]:
+        """What a control does to the prompt's rows, and to the negative prompt's."""
+        network = self.control(control)
+        window = {"start": control.start, "end": control.end}
+        if isinstance(network, Prompting):
+            tokens, none = network.tokens(pixels, self.tower(control, network.network))
+            return Steer(network, tokens, control.weight, **window), Steer(network, none, control.weight, **window)
+        hint = self.hint(control, pixels, int(job.width or 0), int(job.height or 0))
+        hint = hint.to(self.model.device, self.model.dtype)
+        steer = Steer(network, hint, weights_of(control, network.count(hint)), **window)
+        return steer, steer if control.mode in ("balanced", "prompt") else None
+
+    def tower(self, control: Control, adapter: IPAdapter) -> ImageTower:
+        """The image encoder that an IP-Adapter was made with: the one that its control names, else the only one."""
+        if control.annotate is not None:
+            path = self.shelf.find("vision", control.annotate)
+        else:
+            there = self.shelf.files("vision")
+            if len(there) != 1:
+                known = f"one of {', '.join(there)}" if there else "CLIP's image tower, in a folder clip_vision"
+                raise ValueError(
+                    f"controls.annotate=None: {control.model!r} needs to be told its image encoder: {known}"
+                )
+            (path,) = there.values()
+        if path not in self._towers:
+            with torch.inference_mode(False):
+                tower = load_tower(path)
+                self._towers[path] = tower.to(self.model.device, self.model.dtype).requires_grad_(False)
+        return self._towers[path]
 
     def hint(self, control: Control, pixels: np.ndarray, width: int, height: int) -> Tensor:
         """The hint (1, 3, H, W) in [0, 1] that a control makes of a picture (H', W', 3) uint8."""
@@ -171,13 +180,13 @@ class Extras:
         return partial(soft_edges, self._edges)
 
     @torch.inference_mode(False)
-    def control(self, control: Control) -> Steering:
+    def control(self, control: Control) -> Adding | Prompting:
         """The network of a control, on the model's device and in its precision."""
         path = self.shelf.find("control", control.model)
         if path not in self._controls:
             on = self._on
             self.wear(())  # a file of differences is added to the U-Net as it is without adapters
-            self._controls[path] = Steering(load_steering(path, self.model))
+            self._controls[path] = steering_of(load_steering(path, self.model))
             self.wear(on)
         return self._controls[path]
 
@@ -208,15 +217,3 @@ def _window(rest: Sequence[str], name: str) -> tuple[float, float]:
     if window["start"] >= window["end"]:
         raise ValueError(f"prompt: {name!r} from {window['start']} to {window['end']} of the steps: start before end")
     return window["start"], window["end"]
-
-
-def weights_of(control: Control, count: int) -> float | tuple[float, ...]:
-    """The weight of each of `count` layers in a control's mode.
-
-    "prompt" and "control" as in A1111's ControlNet extension, "guess" as in diffusers.
-    """
-    if control.mode == "balanced":
-        return control.weight
-    if control.mode == "guess":
-        return tuple(control.weight * GUESS ** (1 - index / max(1, count - 1)) for index in range(count))
-    return tuple(control.weight * SOFT ** (count - 1 - index) for index in range(count))

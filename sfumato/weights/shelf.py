@@ -17,7 +17,8 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {
     "lora": ("lora", "loras", "lycoris"),
     "hypernet": ("hypernetworks", "hypernetwork", "hypernets"),
     "embedding": ("embeddings", "embedding", "textual_inversion"),
-    "control": ("controlnet", "controlnets", "control", "t2i_adapter", "ipadapter"),
+    "control": ("controlnet", "controlnets", "control", "t2i_adapter", "ipadapter", "ip_adapter"),
+    "vision": ("clip_vision", "image_encoder", "image_encoders"),
 }
 USUAL = ("models", "embeddings")  # of the working directory, where nothing else is said
 VARIABLE = "SFUMATO_ADAPTERS"
