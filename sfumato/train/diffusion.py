@@ -6,8 +6,9 @@ knows the unconditional answer (Ho & Salimans 2022, algorithm 1). What is predic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +52,65 @@ class DiffusionConfig:
             raise ValueError(f"logit_std={self.logit_std}: above 0 is needed")
 
 
-Context = Callable[[list[str]], Tensor]
+@dataclass(frozen=True)
+class Texts:
+    """What text encoders say of B captions: context (B, L, D), and pooled (B, E) where the U-Net takes a vector."""
+
+    context: Tensor
+    pooled: Tensor | None = None
 
 
-def frozen(text_states: Context) -> Context:
-    """A text encoder that is not trained: each distinct caption is computed once and kept, in fp16."""
-    kept: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class FramedBatch(LatentBatch):
+    """Latents, and what a model may be told of their pictures beside a caption.
 
-    def context(captions: list[str]) -> Tensor:
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in kept]
-        if missing:
-            with torch.no_grad():
-                kept.update(zip(missing, text_states(missing).half(), strict=True))
-        return torch.stack([kept[caption] for caption in captions]).float()
+    `frames` (B, 6): height and width of the file's picture, top and left of the part that was cut out of it once
+    resized, height and width of that part, in pixels. `hints` (B, 3, H, W) uint8 for a ControlNet. `shares` (B,): what
+    each picture's error counts in the loss, which is then their sum; None: the mean.
+    """
+
+    frames: Tensor | None = None
+    hints: Tensor | None = None
+    shares: Tensor | None = None
+
+
+States: TypeAlias = Tensor | Texts
+S = TypeVar("S", Tensor, Texts)
+Context = Callable[[list[str]], States]
+Tell = Callable[[LatentBatch, States], Any]
+
+
+def frozen(text_states: Callable[[list[str]], S]) -> Callable[[list[str]], S]:
+    """A text encoder that is not trained: each distinct caption is computed once, alone, and kept, in fp16.
+
+    Alone, so that the bits do not depend on which captions came together: a resumed run meets them in another order.
+    """
+    kept: dict[str, S] = {}
+
+    def context(captions: list[str]) -> S:
+        for caption in dict.fromkeys(captions):
+            if caption not in kept:
+                with torch.no_grad():
+                    kept[caption] = _each(text_states([caption]), lambda tensor: tensor.half())
+        return _joined([kept[caption] for caption in captions])
 
     return context
+
+
+def _each(states: S, change: Callable[[Tensor], Tensor]) -> S:
+    if isinstance(states, Tensor):
+        return change(states)  # type: ignore[return-value]
+    return Texts(change(states.context), None if states.pooled is None else change(states.pooled))
+
+
+def _joined(parts: Sequence[S]) -> S:
+    """Rows of one caption each as a batch, float32."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)]).float()  # type: ignore[return-value]
+    texts = [part for part in parts if isinstance(part, Texts)]
+    pooled = [part.pooled for part in texts if part.pooled is not None]
+    return Texts(torch.cat([part.context for part in texts]).float(), torch.cat(pooled).float() if pooled else None)
 
 
 def draw_timesteps(config: DiffusionConfig, total: int, count: int, generator: torch.Generator) -> Tensor:
@@ -77,9 +122,10 @@ def draw_timesteps(config: DiffusionConfig, total: int, count: int, generator: t
 
 
 class DiffusionObjective:
-    """`network` holds what is trained, `denoiser` wraps its U-Net; `context` maps captions to (B, 77, D).
+    """`network` holds what is trained, `denoiser` wraps its U-Net; `context` maps captions to (B, 77, D), or to Texts.
 
-    Give a `frozen` context where the text encoder stays as it is; a live one lets gradients reach it. An `alignment`
+    Give a `frozen` context where the text encoder stays as it is; a live one lets gradients reach it. `tell` makes of a
+    batch and its captions' states what the denoiser's network is told (None: the states themselves). An `alignment`
     adds its term; its projector must be in `network`. ValueError where the noise goes up to none of the picture left
     and the network predicts noise: there it would have nothing to learn (Lin et al. 2023, section 3.1).
     """
@@ -87,11 +133,12 @@ class DiffusionObjective:
     def __init__(
         self,
         network: nn.Module,
-        denoiser: Denoiser[Tensor],
+        denoiser: Denoiser[Any],
         context: Context,
         latent_scale: float,
         config: DiffusionConfig,
         alignment: Alignment | None = None,
+        tell: Tell | None = None,
     ) -> None:
         if denoiser.schedule.config.zero_terminal_snr and denoiser.prediction == "eps":
             raise ValueError("prediction='eps': a schedule with zero_terminal_snr needs v or sample")
@@ -103,6 +150,7 @@ class DiffusionObjective:
         self.latent_scale = latent_scale
         self.config = config
         self.alignment = alignment
+        self.tell = tell
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean error, and the alignment's term where there is one; figures are unweighted."""
@@ -119,26 +167,32 @@ class DiffusionObjective:
             noise = noise + config.offset_noise * normal(*shape[:2], 1, 1)
         shown = noise + config.input_perturbation * normal(*shape) if config.input_perturbation else None
         context = self._context(batch, drop)
+        told = context if self.tell is None else self.tell(batch, context)
         x0, noise = (z.contiguous(memory_format=torch.channels_last) for z in (x0, noise))
         if self.alignment is None:
-            total = self.denoiser.loss(x0, noise, t, context, config.min_snr_gamma, shown).mean()
+            errors = self.denoiser.loss(x0, noise, t, told, config.min_snr_gamma, shown)
+            shares = batch.shares if isinstance(batch, FramedBatch) else None
+            total = errors.mean() if shares is None else (shares.to(errors) * errors).sum()
             return total, {"loss": total}
         with self.alignment.listening():
-            error = self.denoiser.loss(x0, noise, t, context, config.min_snr_gamma, shown).mean()
+            error = self.denoiser.loss(x0, noise, t, told, config.min_snr_gamma, shown).mean()
             aligned = self.alignment.loss(batch)
         total = error + self.alignment.weight * aligned
         return total, {"loss": error, "alignment": aligned}
 
-    def _context(self, batch: LatentBatch, drop: Tensor) -> Tensor:
-        """The captions' states (B, L, D), those kept with the batch where there are some; dropped ones are empty."""
+    def _context(self, batch: LatentBatch, drop: Tensor) -> States:
+        """The captions' states, those (B, L, D) kept with the batch where there are some; dropped ones are empty."""
         if batch.context is None:
             captions = ["" if dropped else caption for caption, dropped in zip(batch.captions, drop, strict=True)]
             return self.context(captions)
         if not drop.any():
             return batch.context
-        empty = self.context([""]).to(batch.context)
+        empty = self.context([""])
+        if isinstance(empty, Texts):
+            raise ValueError("context: kept with the batch, but this model's captions have a pooled vector as well")
         if empty.shape[1:] != batch.context.shape[1:]:
             raise ValueError(
                 f"context: {tuple(batch.context.shape)} with the batch, the encoder gives {tuple(empty.shape)}"
             )
-        return torch.where(drop.to(empty.device)[:, None, None], empty, batch.context)
+        dropped = drop.to(batch.context.device)[:, None, None]
+        return torch.where(dropped, empty.to(batch.context), batch.context)

@@ -5,8 +5,8 @@ What is drawn is what a user would get, with the averaged weights. Knows no loss
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,16 @@ from sfumato.images import grid, save_png
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.pipeline import Pipeline
 from sfumato.train.state import State
-from sfumato.types import Job
+from sfumato.types import Control, Job
+from sfumato.weights.shelf import Shelf
 
 
 @dataclass(frozen=True)
 class Watched:
-    """`count` pictures of every prompt, from the seeds `seed`, `seed` + 1, ...; None is the family's own."""
+    """`count` pictures of every prompt, from the seeds `seed`, `seed` + 1, ...; None is the family's own.
+
+    `controls` steer all of them.
+    """
 
     prompts: tuple[str, ...]
     count: int = 1
@@ -31,6 +35,7 @@ class Watched:
     steps: int | None = None
     guidance: float | None = None
     columns: int = 4
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -61,19 +66,25 @@ def live_model(family: Family, parts: Mapping[str, nn.Module], name: str) -> Mod
     )
 
 
-def draw(model: Model, watched: Watched) -> np.ndarray:
-    """The sheet of a set, (H, W, 3) uint8, prompts in order; the same for the same weights."""
+def draw(model: Model, watched: Watched, adapters: Shelf | None = None) -> np.ndarray:
+    """The sheet of a set, (H, W, 3) uint8, prompts in order; the same for the same weights.
+
+    `adapters` is where the names in prompts and controls are looked up.
+    """
     jobs = [
-        Job(prompt, seed=watched.seed, count=watched.count, steps=watched.steps, guidance=watched.guidance)
+        Job(
+            prompt, seed=watched.seed, count=watched.count, steps=watched.steps, guidance=watched.guidance,
+            controls=watched.controls,
+        )
         for prompt in watched.prompts
-    ]
-    with _resting(model.networks.values()):
-        pictures = [result.images for result in Pipeline(model).draw_many(jobs)]
+    ]  # fmt: skip
+    with resting(model.networks.values()):
+        pictures = [result.images for result in Pipeline(model, adapters=adapters).draw_many(jobs)]
     return grid(np.concatenate(pictures), watched.columns)
 
 
 @contextmanager
-def _resting(networks: Iterable[nn.Module]) -> Iterator[None]:
+def resting(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, networks are in evaluation; afterwards as they were."""
     modes = [(network, network.training) for network in networks]
     try:
@@ -88,15 +99,25 @@ def _resting(networks: Iterable[nn.Module]) -> Iterator[None]:
 class Samples:
     """What a loop calls to draw: writes `samples-000000.png`, the step in six digits or more, into `folder`.
 
-    `parts` are the live networks by the names of `family.parts`, those in training and those that rest.
+    `parts` are the live networks by the names of `family.parts`, those in training and those that rest. `around` puts
+    on what is trained beside them while pictures are drawn, or writes it into `folder`, where names are looked up.
     """
 
-    def __init__(self, family: Family, parts: Mapping[str, nn.Module], watched: Watched, folder: str | Path) -> None:
+    def __init__(
+        self,
+        family: Family,
+        parts: Mapping[str, nn.Module],
+        watched: Watched,
+        folder: str | Path,
+        around: Callable[[State], AbstractContextManager[object]] | None = None,
+    ) -> None:
         self.family, self.parts, self.watched, self.folder = family, parts, watched, Path(folder)
+        self.around = around or (lambda state: nullcontext())
 
     def __call__(self, state: State) -> None:
         """Draw with the state's averaged weights; the weights in training are the same before and after."""
         path = self.folder / f"samples-{state.step:06}.png"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with state.averaged():
-            save_png(path, draw(live_model(self.family, self.parts, path.stem), self.watched))
+        model = live_model(self.family, self.parts, path.stem)
+        with state.averaged() as network, resting([network]), self.around(state):
+            save_png(path, draw(model, self.watched, Shelf([self.folder])))
