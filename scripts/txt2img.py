@@ -1,7 +1,8 @@
 """The original scripts/txt2img.py's command line, flag for flag; the work is done by `sfumato txt2img`.
 
 Said differences: without --ckpt the model in the box draws, at its own size; picture i has its own generator, seeded
-with seed + i; --laion400m's model is of no known family; there is no safety checker and no watermark yet.
+with seed + i; --laion400m's model is of no known family; what is flagged is blurred, not replaced by another picture,
+and no mark is put into pictures below 256 x 256 px, nor a check made where no checker is at hand.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ import numpy as np
 
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import Saver, draw_with_bar
 from sfumato.cli.seeing import Seeing, add_seeing_flags
 from sfumato.diffusion.samplers import SAMPLERS, find_sampler
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.families import Family
+from sfumato.images import grid
 from sfumato.pipeline import Pipeline
 from sfumato.tasks.canvas import read_free
 from sfumato.tasks.checks import MAX_COUNT, RANGES, complete, require_number
@@ -63,11 +65,12 @@ class Style:
 
     @property
     def outdir(self) -> str:
+        """Where pictures go unless --outdir says otherwise."""
         return f"outputs/{self.name}-samples"
 
 
-def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
-    """The flags of a command."""
+def add_flags(parser: argparse.ArgumentParser, style: Style, original: bool = False) -> None:
+    """The flags of a command; `original`: pictures are looked at and marked as by the original scripts."""
 
     def own(value: object) -> str:
         return "the model's own" if value is None else str(value)
@@ -108,6 +111,7 @@ def add_flags(parser: argparse.ArgumentParser, style: Style) -> None:
     more = ("image", "strength", "mask") if style.takes_image else ()
     add_job_flags(parser, without=(*OWN_FLAGS, *style.without, *more))
     add_seeing_flags(parser)
+    add_protecting_flags(parser, original)
     parser.set_defaults(style=style)
 
 
@@ -252,7 +256,7 @@ def _check_loopback(args: argparse.Namespace, job: Job) -> None:
 
 
 def looped(
-    pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver, seeing: Seeing
+    pipeline: Pipeline, job: Job, args: argparse.Namespace, saver: Saver, seeing: Seeing, protecting: Protecting
 ) -> Iterator[np.ndarray]:
     """Draw a job, save what comes out, and draw over that as often as --loopback says; gives every picture.
 
@@ -260,9 +264,12 @@ def looped(
     """
     if not args.style.takes_image or args.loopback == 1:
         result = draw_with_bar(pipeline, job, seeing.begin())
-        for index, image in enumerate(result.images):
+        shown = protecting.shown(result)
+        for index, image in enumerate(shown.result.images):
             if not args.skip_save:
-                seeing.save(result, index, saver.picture(result, index))
+                path = saver.picture(*protecting.finished(shown, index))
+                if not protecting.is_hidden(shown, index):
+                    seeing.save(result, index, path)
             yield image
         return
     last = job.strength if args.loopback_strength is None else args.loopback_strength
@@ -272,9 +279,11 @@ def looped(
             if job.strength is not None and last is not None:
                 one = replace(one, strength=job.strength + (last - job.strength) * turn / (args.loopback - 1))
             result = draw_with_bar(pipeline, one, seeing.begin())
-            path = saver.picture(result, 0)
-            seeing.save(result, 0, path)
-            yield result.images[0]
+            shown = protecting.shown(result)
+            path = saver.picture(*protecting.finished(shown, 0))
+            if not protecting.is_hidden(shown, 0):
+                seeing.save(result, 0, path)
+            yield shown.result.images[0]
             # the picture has the job's size now, which its mask need not have
             one = replace(one, image=str(path), seed=one.seed + job.count, mask_resize=job.mask is not None)
 
@@ -301,6 +310,7 @@ def run(args: argparse.Namespace) -> int:
         outdir, args.ckpt = LAION_OUTDIR, LAION_CKPT
     if args.config:
         log.info("config %s is not read: the model's shape is in the checkpoint", args.config)
+    protecting = Protecting(args)
     pipeline = load(args, args.device, args.precision)
     saver = Saver(Path(outdir))
     model = pipeline.model
@@ -311,6 +321,7 @@ def run(args: argparse.Namespace) -> int:
     if (suited := args.style.suited) is not None:
         iterations = [[suited(job, model.family) for job in jobs] for jobs in iterations]
     check_all([job for jobs in iterations for job in jobs], model.family, seeing)
+    protecting.check([job for jobs in iterations for job in jobs], model)
     log.info("%s on %s in %s", model.name, model.device, model.precision)
     if any(not job.prompt and (job.upscale is None or job.strength) for jobs in iterations for job in jobs):
         log.info("the prompt is empty: drawing unconditionally")
@@ -318,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
     alike = True
     try:
         for job in (job for jobs in iterations for job in jobs):
-            for image in looped(pipeline, job, args, saver, seeing):
+            for image in looped(pipeline, job, args, saver, seeing, protecting):
                 if not args.skip_grid and alike:
                     images.append(image)
                     alike = image.shape == images[0].shape and len(images) * image.size <= MAX_GRID
@@ -326,12 +337,12 @@ def run(args: argparse.Namespace) -> int:
     finally:  # what is finished is kept, whatever ended it
         if len(images) > 1 or (images and args.style.always_grid):
             columns = args.n_rows or (len(iterations[0]) if args.from_file else args.n_samples)
-            saver.grid(np.stack(images), min(columns, len(images)))
+            saver.grid(protecting.grid(grid(np.stack(images), min(columns, len(images)))))
     return 0
 
 
 def original_script(style: Style, prog: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of one of the original scripts, with its defaults."""
     parser = argparse.ArgumentParser(prog=prog, description=f"{prog} of the original scripts, flag for flag.")
-    add_flags(parser, style)
+    add_flags(parser, style, original=True)
     return parser.parse_args(argv)

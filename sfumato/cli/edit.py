@@ -83,5 +83,5 @@ def run(args: argparse.Namespace) -> int:
         "model": {"name": model.name, "hash": model.hash},
         "made with": made_with(model.device),
     }
-    saver.plain(pixels, made)
+    saver.picture(pixels, made)
     return 0

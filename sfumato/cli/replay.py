@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.plot import cell_of
+from sfumato.cli.protecting import carried, redone
 from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
@@ -120,9 +121,9 @@ def run(args: argparse.Namespace) -> int:
     for name, digest in old.adapters.items():
         if result.adapters.get(name) != digest:
             log.warning("%s is not the file that this was drawn with", name)
-    again = result.images[old.index]
+    again = redone(result.images[old.index], made)
     if args.out:
-        save_png(Path(args.out), again, recipe(result, old.index))
+        save_png(Path(args.out), again, recipe(result, old.index) | carried(made))
         print(args.out)
     if again.shape == pixels.shape and np.array_equal(again, pixels):
         print("equal: every pixel")

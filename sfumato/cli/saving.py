@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sfumato.images import grid, save_png
-from sfumato.pipeline import Observe, Pipeline, recipe
+from sfumato.images import save_png
+from sfumato.pipeline import Observe, Pipeline
 from sfumato.types import Job, Result
 
 
@@ -40,11 +40,7 @@ class Saver:
         except OSError as error:
             raise ValueError(f"outdir={str(outdir)!r}: cannot be written ({error.strerror})") from error
 
-    def picture(self, result: Result, index: int) -> Path:
-        """Save a picture with its recipe; returns where."""
-        return self.plain(result.images[index], recipe(result, index))
-
-    def plain(self, image: np.ndarray, made: dict[str, Any]) -> Path:
+    def picture(self, image: np.ndarray, made: dict[str, Any]) -> Path:
         """Save (H, W, 3) uint8 with what it says of itself; returns where."""
         if self._next is None:
             self._next = _next_number(self.samples, r"(\d{5,})\.png")
@@ -52,9 +48,10 @@ class Saver:
         self._next = int(path.stem) + 1
         return path
 
-    def grid(self, images: np.ndarray, columns: int) -> None:
+    def grid(self, image: np.ndarray) -> None:
+        """Save a grid of pictures, (H, W, 3) uint8."""
         number = _next_number(self.outdir, r"grid-(\d{4,})\.png")
-        self._save((self.outdir / f"grid-{n:04}.png" for n in count(number)), grid(images, columns), None)
+        self._save((self.outdir / f"grid-{n:04}.png" for n in count(number)), image, None)
 
     def _save(self, names: Iterator[Path], image: np.ndarray, made: dict[str, Any] | None) -> Path:
         for path in names:
