@@ -1,0 +1,118 @@
+"""Serve pictures over HTTP to many users at once, from a queue that survives whatever ends the program."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sfumato.cli.loading import add_device_flags, add_model_flags, load
+
+INSTALL = 'pip install "sfumato[serve]"'
+DATA = "sfumato-data"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sfumato serve`, and of what is beside it: keys, pause, resume."""
+    add = parser.add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen; others than this machine need a key (default: %(default)s)",
+    )
+    add("--port", type=int, default=7861, help="0: any that is free (default: %(default)s)")
+    add("--data", type=Path, default=Path(DATA), metavar="DIR", help="queue, results and keys (default: %(default)s)")
+    add("--database", metavar="URL", help="a queue that several servers share, such as postgresql+psycopg://...")
+    add("--max-rows", type=int, metavar="N", help="rows of a network call at most (default: by the memory, 32 at most)")
+    add("--deterministic", action="store_true", help="draw every job alone: pictures to the last bit, in more time")
+    add(
+        "--grace", type=float, default=10.0, metavar="S", help="s for what is at work at the end (default: %(default)s)"
+    )
+    add("--keep", type=float, default=30.0, metavar="DAYS", help="days that results are kept (default: %(default)s)")
+    add_model_flags(parser)
+    add_device_flags(parser)
+    beside = parser.add_subparsers(title="beside", metavar="keys | pause | resume", dest="beside")
+    keys = beside.add_parser("keys", help="who may draw: add NAME, remove NAME, list")
+    keys.add_argument("act", choices=["add", "remove", "list"])
+    keys.add_argument("who", nargs="?", metavar="NAME")
+    for name, help in (
+        ("requests", "requests a minute"), ("pixels", "pixels of a job"), ("steps", "steps of a job"),
+        ("count", "pictures of a job"), ("waiting", "jobs that are not done"),
+    ):  # fmt: skip
+        keys.add_argument(f"--{name}", type=int, metavar="N", help=f"{help} that the key allows")
+    for sub in (keys, beside.add_parser("pause", help="begin nothing more"), beside.add_parser("resume", help="go on")):
+        # only where it is said here, so that what was said before `keys` stays
+        sub.add_argument("--data", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="as of serve")
+        sub.add_argument("--database", default=argparse.SUPPRESS, metavar="URL", help="as of serve")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to end; or look after keys and the queue."""
+    try:
+        import fastapi  # noqa: F401 - whether they are there
+        import prometheus_client  # noqa: F401
+        import sqlalchemy  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"serve: {error.name} is not installed ({INSTALL})") from error
+    if args.beside == "keys":
+        return _keys(args)
+    if args.beside in ("pause", "resume"):
+        return _pause(args)
+    return _serve(args)
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from sfumato.server.keys import Keys
+
+    keys = Keys(args.data / "keys.json")
+    if args.act == "list":
+        print("\n".join(keys.names()))
+        return 0
+    if args.who is None:
+        raise ValueError(f"keys {args.act}: whose? A name is needed")
+    if args.act == "remove":
+        keys.remove(args.who)
+        return 0
+    limits = {name: getattr(args, name) for name in ("requests", "pixels", "steps", "count", "waiting")}
+    print(keys.add(args.who, **limits))
+    print("this is the only time that the key is shown", file=sys.stderr)
+    return 0
+
+
+def _pause(args: argparse.Namespace) -> int:
+    from sfumato.server.queue import Queue
+
+    if args.database is None and not (args.data / "queue.db").is_file():
+        raise ValueError(f"data={str(args.data)!r}: there is no queue")
+    queue = Queue(args.database or f"sqlite:///{args.data / 'queue.db'}")
+    queue.pause(args.beside == "pause")
+    queue.close()
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from sfumato.server import a1111
+    from sfumato.server.app import check_bind, create_app
+    from sfumato.server.desk import Desk, Settings
+    from sfumato.server.gate import is_loopback
+    from sfumato.server.keys import Keys
+    from sfumato.server.logs import set_up_logs
+
+    check_bind(args.host, Keys(args.data / "keys.json"))
+    if args.max_rows is not None and args.max_rows < 1:
+        raise ValueError(f"max-rows={args.max_rows}: 1 or more are needed")
+    set_up_logs()
+    pipeline = load(args, args.device, args.precision)
+    if args.max_rows is not None:
+        pipeline.engine.max_rows = args.max_rows
+    settings = Settings(args.data, args.database, args.deterministic, args.max_rows, keep=args.keep * 24 * 3600)
+    desk = Desk(pipeline, settings)
+    app = create_app(desk, routers=[a1111.router], only_local=is_loopback(args.host), grace=args.grace)
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=5, timeout_keep_alive=30, limit_concurrency=1000,
+    )  # fmt: skip
+    return 0
