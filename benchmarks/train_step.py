@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.random_weights import write_random
 from sfumato.families import BOX, SD1, Family
+from sfumato.models.layers import hasten
 from sfumato.models.unet import UNetConfig
 from sfumato.weights.checkpoint import load_model
 
@@ -57,7 +58,9 @@ def networks(shape: Shape) -> dict[str, nn.Module]:
         write_random(Path(folder) / "model", shape.family, torch.float32)
         ours = load_model(Path(folder) / "model").unet
         theirs = UNet2DConditionModel.from_pretrained(Path(folder) / "model" / "unet", low_cpu_mem_usage=False)
-    return {"sfumato": ours.float().requires_grad_(True).train(), "diffusers": theirs.requires_grad_(True).train()}
+    hasten(ours)
+    ours = ours.float().to(memory_format=torch.channels_last)
+    return {"sfumato": ours.requires_grad_(True).train(), "diffusers": theirs.requires_grad_(True).train()}
 
 
 def stepper(name: str, network: nn.Module, shape: Shape) -> Callable[[int], float]:

@@ -1,0 +1,367 @@
+"""3 x 3 convolutions on a CPU as matrix products: Winograd's minimal filtering, and columns; which one when.
+
+Winograd 1980 and Lavin & Gray 2016: F(m x m, 3 x 3) takes (m + 2)^2 products for m^2 results of nine each. All of it
+is float32 on maps that lie channels last, with weights that do. Knows nothing of modules.
+Letters: B batch, C channels in, O channels out, T tiles of m x m results, n = (m + 2)^2, R rows of tiles.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Lavin & Gray 2016, section 4: of tiles (B^T), of filters (G), of results (A^T).
+_TILES = {
+    2: ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+    4: (
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    ),
+}
+_FILTERS = {
+    2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    4: (
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+}
+_RESULTS = {
+    2: ((1, 1, 1, 0), (0, 1, -1, -1)),
+    4: ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+}
+
+# What a training step's forward and backward pass cost on one AVX2 core, fitted to measurements (docs/performance.md):
+# milliseconds for 1e9 products, 1e6 numbers of the weight that is multiplied with, 1e6 numbers of the maps that are.
+_COSTS = {
+    "direct": (68.7, 5.0, 2.6),
+    "columns": (66.2, 1.6, 3.5),
+    "winograd2": (81.5, 3.3, 3.3),
+    "winograd4": (78.0, 4.3, 3.6),
+}
+
+BAND = 16 * 2**20  # bytes of a piece: the C library keeps blocks below 32 MiB, larger ones are new pages every time
+
+
+@cache
+def _matrices(m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions at once, as Kronecker products: of tiles (n, n), filters (n, 9), results (m^2, n)."""
+    tables = (torch.tensor(table[m], dtype=torch.float64) for table in (_TILES, _FILTERS, _RESULTS))
+    with torch.inference_mode(False):
+        tiles, filters, results = (torch.kron(table, table).float() for table in tables)
+    return tiles, filters, results
+
+
+@cache
+def fastest(shape: tuple[int, ...], out_channels: int, stride: int) -> str:
+    """Which way is likely the fastest for a 3 x 3 convolution of a map of `shape` (B, C, h, w), padded by a cell.
+
+    "direct" (PyTorch's own), "columns", "winograd2" or "winograd4"; of a forward and a backward pass together.
+    """
+    batch, channels, height, width = shape
+    results = batch * -(-height // stride) * -(-width // stride)
+    weight = channels * out_channels
+    maps = batch * channels * height * width + results * out_channels
+    # multiplied in parallel, and numbers of the weight, and of the maps
+    sizes = {"direct": (9 * results, 9 * weight, maps), "columns": (9 * results, 9 * weight, 9 * results * channels)}
+    if stride == 1:
+        for m in (2, 4):
+            n, tiles = (m + 2) ** 2, batch * -(-height // m) * -(-width // m)
+            sizes[f"winograd{m}"] = (n * tiles, n * weight, n * tiles * (channels + out_channels))
+
+    def cost(way: str) -> float:
+        (parallel, numbers, moved), (a, b, c) = sizes[way], _COSTS[way]
+        return a * parallel * weight / 1e9 + b * numbers / 1e6 + c * moved / 1e6
+
+    return min(sizes, key=cost)
+
+
+class Room:
+    """Memory for what a convolution needs for a moment, kept from one to the next: new pages are slow.
+
+    For one thread at a time. A few times BAND bytes, a map with zeros around it, and weights' gradients.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A float32 tensor of this shape, its numbers left over; it is good until the name is taken again."""
+        numbers = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < numbers:
+            with torch.inference_mode(False):
+                held = self._held[name] = torch.empty(numbers)
+        return held[:numbers].view(shape)
+
+    def lend(self, *shape: int) -> Tensor:
+        """A float32 tensor of this shape for as long as anybody holds it or a view of it; then its memory comes back.
+
+        Gradients are freed and asked for in every step, and are as large every time.
+        """
+        free = self._free.setdefault(math.prod(shape), [])
+        memory = free.pop() if free else np.empty(math.prod(shape), np.float32)
+        lent = memory[:]  # the tensor holds this view, and nobody else does
+        weakref.finalize(lent, free.append, memory).atexit = False
+        with torch.inference_mode(False):
+            return torch.from_numpy(lent).view(shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Room:
+        return Room()
+
+    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
+        return Room, ()
+
+
+def _each(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """matrix (a, b) times each of x (N, b, C): (N, a, C)."""
+    return torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x, out=out)
+
+
+def _windows(x: Tensor, size: int, stride: int) -> Tensor:
+    """The windows of x (B, h, w, C), channels nearest: a view (B, rows, columns, size, size, C)."""
+    return x.unfold(1, size, stride).unfold(2, size, stride).permute(0, 1, 2, 4, 5, 3)
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """weight (O, C, 3, 3) as (O, 9, C); a view where it lies channels last."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], 9, weight.shape[1])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How a map (B, C, h, w) is cut into tiles, and into bands of tiles that are in work at a time."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    m: int
+    room: Room
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // self.m)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width // self.m)
+
+    @property
+    def n(self) -> int:
+        return (self.m + 2) ** 2
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) with a cell of zeros around it and what the last tiles lack: (B, R m + 2, . m + 2, C)."""
+        out = self.room.take("padded", self.batch, self.rows * self.m + 2, self.columns * self.m + 2, self.channels)
+        out.zero_()[:, 1 : 1 + self.height, 1 : 1 + self.width] = x.permute(0, 2, 3, 1)
+        return out
+
+    def bands(self, channels: int) -> Iterator[tuple[slice, slice]]:
+        """Pictures and rows of tiles whose n numbers a channel are about BAND bytes."""
+        row = self.columns * self.n * channels * 4
+        rows = max(1, min(self.rows, BAND // row))
+        pictures = max(1, BAND // (row * self.rows)) if rows == self.rows else 1
+        for picture in range(0, self.batch, pictures):
+            for first in range(0, self.rows, rows):
+                yield slice(picture, min(picture + pictures, self.batch)), slice(first, min(first + rows, self.rows))
+
+    def tiles(self, padded: Tensor, pictures: slice, rows: slice) -> Tensor:
+        """The band's transformed tiles, (T, n, C)."""
+        windows = _windows(padded[pictures, rows.start * self.m : rows.stop * self.m + 2], self.m + 2, self.m)
+        gathered = self.room.take("gathered", *windows.shape).copy_(windows).view(-1, self.n, self.channels)
+        return _each(_matrices(self.m)[0], gathered, self.room.take("tiles", *gathered.shape))
+
+    def transformed(self, weight: Tensor) -> Tensor:
+        """Some of the weight (O, C, 3, 3) as products want it: (O, n, C)."""
+        room = self.room.take("weight", weight.shape[0], self.n, self.channels)
+        return _each(_matrices(self.m)[1], _flat(weight), room)
+
+    def fill(self, out: Tensor, tiles: Tensor, transformed: Tensor, bias: Tensor | None) -> None:
+        """Into out (B, R, m, columns, m, O) the results of tiles (T, n, C) and transformed weights (O, n, C)."""
+        batch, rows, m, columns, _, channels = out.shape
+        products = self.room.take("products", self.n, tiles.shape[0], channels)
+        torch.bmm(tiles.transpose(0, 1), transformed.permute(1, 2, 0), out=products)
+        results = self.room.take("results", tiles.shape[0], m * m, channels)
+        _each(_matrices(m)[2], products.transpose(0, 1), results)
+        by_tile = results.view(batch, rows, columns, m, m, channels).permute(0, 1, 3, 2, 4, 5)
+        if bias is None:
+            out.copy_(by_tile)
+        else:
+            torch.add(by_tile, bias, out=out) if out.is_contiguous() else out.copy_(by_tile).add_(bias)
+
+    def of_products(self, grad: Tensor) -> Tensor:
+        """The gradient (n, T, O) of products from a band of the results' (B, R, m, columns, m, O)."""
+        by_tile = grad.permute(0, 1, 3, 2, 4, 5)
+        results = self.room.take("results", *by_tile.shape).copy_(by_tile).view(-1, self.m**2, grad.shape[-1])
+        products = self.room.take("products", results.shape[0], self.n, grad.shape[-1])
+        return _each(_matrices(self.m)[2].t(), results, products).transpose(0, 1)
+
+    def of_tiles(self, products: Tensor, weight: Tensor) -> Tensor:
+        """The gradient (T, n, C) of what tiles hold from that of the products (n, T, O)."""
+        tiles = self.room.take("tiles", self.n, products.shape[1], self.channels)
+        for part in _parts(weight, self.n):
+            transformed = self.transformed(weight[part]).transpose(0, 1)
+            if part.start == 0:
+                torch.bmm(products[..., part], transformed, out=tiles)
+            else:
+                tiles.baddbmm_(products[..., part], transformed)
+        gathered = self.room.take("gathered", products.shape[1], self.n, self.channels)
+        return _each(_matrices(self.m)[0].t(), tiles.transpose(0, 1), gathered)
+
+    def map_of(self, out: Tensor) -> Tensor:
+        """Results by their tiles, (B, R, m, columns, m, O), as a map (B, O, h, w)."""
+        whole = out.view(self.batch, self.rows * self.m, self.columns * self.m, out.shape[-1])
+        return whole[:, : self.height, : self.width].permute(0, 3, 1, 2)
+
+
+def _grid(x: Tensor, m: int, room: Room) -> _Grid:
+    batch, channels, height, width = x.shape
+    return _Grid(batch, channels, height, width, m, room)
+
+
+def _parts(weight: Tensor, n: int) -> Iterator[slice]:
+    """Output channels whose transformed weights are about BAND bytes."""
+    channels, inside = weight.shape[:2]
+    step = max(16, BAND // (4 * n * inside))
+    for first in range(0, channels, step):
+        yield slice(first, min(first + step, channels))
+
+
+class Winograd(torch.autograd.Function):
+    """F(m x m, 3 x 3) with its gradients. Keeps x and the weight; what is transformed, is transformed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, m: int, room: Room) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.m, ctx.room = m, room
+        grid = _grid(x, m, room)
+        parts = list(_parts(weight, grid.n))
+        whole = grid.transformed(weight) if len(parts) == 1 else None
+        out = x.new_empty(grid.batch, grid.rows, m, grid.columns, m, weight.shape[0])
+        padded = grid.padded(x)
+        for pictures, rows in grid.bands(max(weight.shape[:2])):
+            tiles = grid.tiles(padded, pictures, rows)
+            for part in parts:
+                of_part = None if bias is None else bias[part]
+                transformed = grid.transformed(weight[part]) if whole is None else whole
+                grid.fill(out[pictures, rows][..., part], tiles, transformed, of_part)
+        return grid.map_of(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (x, weight), m = ctx.saved_tensors, ctx.m
+        wants_x, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
+        grid = _grid(x, m, ctx.room)
+        grad = grad.permute(0, 2, 3, 1)
+        short = (0, 0, 0, grid.columns * m - grid.width, 0, grid.rows * m - grid.height)
+        whole = F.pad(grad, short) if any(short) else grad
+        by_tile = whole.unflatten(1, (grid.rows, m)).unflatten(3, (grid.columns, m))
+        padded = grid.padded(x) if wants_weight else None
+        back = None
+        if wants_x:
+            back = grid.room.take("back", grid.batch, grid.rows + 1, m, grid.columns + 1, m, grid.channels).zero_()
+        of_weight: Tensor | None = None
+        for pictures, rows in grid.bands(max(weight.shape[:2])):
+            products = grid.of_products(by_tile[pictures, rows])
+            if back is not None:
+                _spread(back[pictures, rows.start : rows.stop + 1], grid.of_tiles(products, weight), m)
+            if padded is not None:
+                of_weight = _of_weight(grid, products, grid.tiles(padded, pictures, rows), weight, of_weight)
+        of_x = None
+        if back is not None:
+            flat = back.view(grid.batch, (grid.rows + 1) * m, (grid.columns + 1) * m, grid.channels)
+            inner = flat[:, 1 : 1 + grid.height, 1 : 1 + grid.width]
+            of_x = inner.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+        if of_weight is not None:
+            of_weight = of_weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+        return of_x, of_weight, grad.sum((0, 1, 2)) if wants_bias else None, None, None
+
+
+def _of_weight(grid: _Grid, products: Tensor, tiles: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+    """The gradient (O, 9, C) of the weight, added to that `before`: products' gradient (n, T, O), tiles (T, n, C)."""
+    out = grid.room.lend(weight.shape[0], 9, grid.channels) if before is None else before
+    for part in _parts(weight, grid.n):
+        of_part = grid.room.take("weight", grid.n, part.stop - part.start, grid.channels)
+        torch.bmm(products[..., part].transpose(1, 2), tiles.transpose(0, 1), out=of_part)
+        if before is None:
+            _each(_matrices(grid.m)[1].t(), of_part.transpose(0, 1), out[part])
+        else:
+            out[part] += _each(_matrices(grid.m)[1].t(), of_part.transpose(0, 1))
+    return out
+
+
+def _spread(back: Tensor, tiles: Tensor, m: int) -> None:
+    """Add tiles (T, n, C), which overlap by two cells, to the map back (B, R + 1, m, columns + 1, m, C)."""
+    batch, rows, _, columns, _, channels = back.shape
+    tiles = tiles.view(batch, rows - 1, columns - 1, m + 2, m + 2, channels).permute(0, 1, 3, 2, 4, 5)
+    back[:, :-1, :, :-1] += tiles[:, :, :m, :, :m]
+    back[:, 1:, :2, :-1] += tiles[:, :, m:, :, :m]
+    back[:, :-1, :, 1:, :2] += tiles[:, :, :m, :, m:]
+    back[:, 1:, :2, 1:, :2] += tiles[:, :, m:, :, m:]
+
+
+def _cells(x: Tensor, stride: int, room: Room) -> Tensor:
+    """The nine cells that each result of x (B, C, h, w) is made of: (B, rows, columns, 3, 3, C)."""
+    padded = room.take("padded", x.shape[0], x.shape[2] + 2, x.shape[3] + 2, x.shape[1])
+    padded.zero_()[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
+    windows = _windows(padded, 3, stride)
+    return room.take("gathered", *windows.shape).copy_(windows)
+
+
+class Columns(torch.autograd.Function):
+    """The convolution as one matrix product over nine cells at a time; faster where the weight is the larger part.
+
+    A cell of zeros lies around x. Keeps x and the weight; the columns are gathered again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, room: Room) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.room = stride, room
+        cells, flat = _cells(x, stride, room), _flat(weight).flatten(1)
+        out = F.linear(cells.view(-1, flat.shape[1]), flat, bias)
+        return out.view(*cells.shape[:3], weight.shape[0]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (x, weight), stride, room = ctx.saved_tensors, ctx.stride, ctx.room
+        wants_x, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
+        batch, channels, height, width = x.shape
+        rows, columns = grad.shape[2:]
+        flat_grad = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+        of_x = of_weight = None
+        if wants_weight:
+            cells = _cells(x, stride, room).view(-1, 9 * channels)
+            flat = torch.mm(flat_grad.t(), cells, out=room.lend(weight.shape[0], 9 * channels))
+            of_weight = flat.view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+        if wants_x:
+            of_cells = room.take("gathered", batch, rows, columns, 3, 3, channels)
+            torch.mm(flat_grad, _flat(weight).flatten(1), out=of_cells.view(-1, 9 * channels))
+            back = room.take("back", batch, height + 2, width + 2, channels).zero_()
+            for down in range(3):
+                for across in range(3):
+                    reached = back[:, down : down + stride * rows : stride, across : across + stride * columns : stride]
+                    reached += of_cells[:, :, :, down, across]
+            of_x = back[:, 1:-1, 1:-1].clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+        return of_x, of_weight, flat_grad.sum(0) if wants_bias else None, None, None
