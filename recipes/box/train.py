@@ -24,6 +24,7 @@ from sfumato.families.conditioning import encode_captions
 from sfumato.images import grid, save_png
 from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIP, CLIPConfig, CLIPText, CLIPVisionConfig
+from sfumato.models.layers import hasten
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
@@ -105,9 +106,11 @@ def train_autoencoder(options: Options) -> None:
         checkpoint_every=250,
     )  # fmt: skip
     data = CaptionedShards(options.data, BOX.size, keep_in_memory=False)
+    network = new_autoencoder()
+    hasten(network)
     if options.start and not state_path(options.run).exists():
         begin(options.run, ema_weights(state_path(options.start)), options.start)
-    fit(AutoencoderObjective(new_autoencoder(), loss), data, config, RUNS / options.run)
+    fit(AutoencoderObjective(network, loss), data, config, RUNS / options.run)
 
 
 def train_clip(options: Options) -> None:
@@ -191,6 +194,7 @@ def train_diffusion(options: Options) -> None:
     torch.manual_seed(0)
     unet, text, tokenizer = new_unet(options.fresh), trained_text(), ClipTokenizer(TOWER.config.vocab_size)
     place(unet, CPU, torch.float32)
+    hasten(unet)
     parts: dict[str, nn.Module] = {"unet": unet}
 
     def states(captions: list[str]) -> Tensor:

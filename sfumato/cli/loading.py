@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.families import FAMILIES, Family, find_family
+from sfumato.memory.allocator import keep_freed_memory
 from sfumato.pipeline import Memory, Pipeline, box_path
 from sfumato.weights.overrides import remember
 from sfumato.weights.shelf import USUAL, VARIABLE
@@ -78,7 +79,11 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 
 def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeline:
-    """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such."""
+    """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such.
+
+    The process keeps the memory that drawing frees: what is drawn next needs as much again.
+    """
+    keep_freed_memory()
     family = family_flag(args)
     pipeline = Pipeline.from_pretrained(
         args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,

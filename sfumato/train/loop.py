@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sfumato.memory.allocator import keep_freed_memory
 from sfumato.train.batches import on_device
 from sfumato.train.checkpoints import Checkpoints, ema_weights, export_weights, model_weights
 from sfumato.train.config import LoopConfig
@@ -81,6 +82,8 @@ def fit(
         if ranks.first and config.examples_per_step(ranks.count) > len(examples):
             wanted = config.examples_per_step(ranks.count)
             log.warning("a step takes %d examples, the set has %d: they repeat within a step", wanted, len(examples))
+        if first.device.type == "cpu":
+            keep_freed_memory()
         run = _Run.begin(objective, examples, config, folder, ranks)
         stop = stack.enter_context(polite_stop())
         stack.callback(run.log.close)
