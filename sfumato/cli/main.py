@@ -11,29 +11,61 @@ from collections.abc import Callable, Sequence
 from sfumato import __version__
 
 BAD_INPUT, STOPPED = 2, 130
-COMMANDS = {
-    "txt2img": "draw pictures from a prompt",
-    "img2img": "draw over a picture",
-    "inpaint": "draw a part of a picture anew",
-    "outpaint": "put new ground on the sides of a picture",
-    "depth2img": "draw over a picture and keep its depth",
-    "upscale": "enlarge a picture",
-    "edit": "change a picture by words, from the noise that it could have come from",
-    "augment": "draw over every picture of a folder",
-    "annotate": "make hints that steer drawing from pictures",
-    "compress": "write pictures as small files of latents",
-    "expand": "show such files as pictures again",
-    "plot": "draw a table of pictures that vary along axes",
-    "replay": "draw a saved picture again and compare",
-    "inspect": "tell what a checkpoint is",
-    "convert": "write a checkpoint in another layout or precision",
-    "merge": "merge checkpoints, or bake in an autoencoder",
-    "lora": "tell, merge, extract and resize adapters",
-    "prune": "write only what drawing needs",
-    "extract-ema": "write the averaged weights of a training checkpoint",
-    "data": "choose, measure, score and check pictures to train on",
-    "train": "look after training runs",
-    "evaluate": "measure how near drawn pictures are to real ones and to their captions",
+COMMANDS = {  # name: (what it does, an example)
+    "txt2img": ("draw pictures from a prompt", '--prompt "3d octopus on a blue background" --count 4'),
+    "img2img": ("draw over a picture", '--image a.png --strength 0.6 --prompt "a rose"'),
+    "inpaint": ("draw a part of a picture anew", '--image a.png --mask m.png --prompt "a rose"'),
+    "outpaint": ("put new ground on the sides of a picture", '--image a.png --left 128 --right 128 --prompt "a beach"'),
+    "depth2img": (
+        "draw over a picture and keep its depth",
+        '--ckpt sd2-depth.safetensors --image a.png --depth depth.png --prompt "a robot"',
+    ),
+    "upscale": ("enlarge a picture", "--image a.png --factor 4"),
+    "edit": (
+        "change a picture by words, from the noise that it could have come from",
+        '--image a.png --prompt "a red apple" --to "a green apple"',
+    ),
+    "augment": ("draw over every picture of a folder", "faces/ others/ --strength 0.5 0.7 --copies 3"),
+    "annotate": ("make hints that steer drawing from pictures", "canny photo.jpg hint.png --low 100 --high 200"),
+    "compress": ("write pictures as small files of latents", "a.png --quality 40"),
+    "expand": ("show such files as pictures again", "a.sfl"),
+    "plot": (
+        "draw a table of pictures that vary along axes",
+        '--x sampler=euler,heun --y steps=2,5,10 --prompt "a cat"',
+    ),
+    "serve": ("draw for many users at once over HTTP", "--port 7861 --data served/"),
+    "replay": ("draw a saved picture again and compare", "outputs/txt2img-samples/samples/00000.png"),
+    "watermark": ("write an invisible mark into a picture, or read it", 'write a.png b.png --text "mine"'),
+    "check": ("look at pictures with a safety checker", "outputs/txt2img-samples/samples"),
+    "keys": ("make a key to sign pictures with", "new ~/.ssh/pictures"),
+    "verify": ("tell whether a picture is as it was signed, and by whom", "a.png --key pictures.pub"),
+    "inspect": ("tell what a checkpoint is", "model.safetensors"),
+    "convert": ("write a checkpoint in another layout or precision", "model.ckpt folder/"),
+    "merge": (
+        "merge checkpoints, or bake in an autoencoder",
+        "a.safetensors b.safetensors out.safetensors --share 0.3",
+    ),
+    "lora": ("tell, merge, extract and resize adapters", "inspect style.safetensors --ckpt model.safetensors"),
+    "prune": ("write only what drawing needs", "full.ckpt small.safetensors"),
+    "extract-ema": ("write the averaged weights of a training checkpoint", "full.ckpt ema.safetensors"),
+    "data": ("choose, measure, score and check pictures to train on", "stats pictures/ --out report"),
+    "train": (
+        "train models, adapters, words and what steers, on your own pictures",
+        "diffusion --data pictures/ --out runs/mine --steps 2000",
+    ),
+    "evaluate": (
+        "measure how near drawn pictures are to real ones and to their captions",
+        "--a real/ --b drawn/ --features mobilenet-v2",
+    ),
+    "doctor": ("tell what is here, what would be chosen and why, and draw a test picture", "--json"),
+    "completion": ("print completion of commands and flags for a shell", "bash"),
+}
+EXIT_CODES = {
+    0: "done",
+    1: "done, and something is not well: pixels differ (replay), pictures are broken (augment, data check), the test "
+    "picture is wrong (doctor)",
+    BAD_INPUT: "not done, or not all of it: what was asked for cannot be, and one line says why",
+    STOPPED: "stopped by Ctrl-C; what was finished is kept",
 }
 
 
@@ -58,11 +90,15 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
 
 def parser(wanted: str | None = None) -> argparse.ArgumentParser:
     """The whole command line; only the `wanted` command's module is imported and has its flags (None: all)."""
-    top = argparse.ArgumentParser(prog="sfumato", description="Stable Diffusion: pictures from words.")
+    codes = "; ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
+    top = argparse.ArgumentParser(
+        prog="sfumato", description="Stable Diffusion: pictures from words.",
+        epilog=f"COMMAND --help tells more, with an example. Exit codes: {codes}.",
+    )  # fmt: skip
     top.add_argument("--version", action="version", version=f"sfumato {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary)
+    for name, (summary, example) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, epilog=f"example: sfumato {name} {example}")
         if wanted in (name, None):
             module = importlib.import_module(f"sfumato.cli.{name.replace('-', '_')}")
             sub.description = module.__doc__

@@ -64,6 +64,7 @@ class NoiseSpec:
 
     @property
     def varies(self) -> bool:
+        """Whether a second seed's noise is mixed in."""
         return self.variation_strength > 0
 
     def seeds(self, seed: int, count: int) -> tuple[int, ...]:

@@ -50,10 +50,12 @@ class NoiseSchedule:
 
     @property
     def sigma_min(self) -> float:
+        """The lowest trained level, timestep 0's."""
         return float(self.sigmas[0])
 
     @property
     def sigma_max(self) -> float:
+        """The highest trained level, timestep T - 1's."""
         return float(self.sigmas[-1])
 
     def sigma(self, t: float) -> float:

@@ -276,6 +276,7 @@ class Picture:
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the shape, the pixels and the alpha: what the picture shows, not its file."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(np.ascontiguousarray(self.pixels).data)
         if self.alpha is not None:

@@ -48,6 +48,7 @@ class Sampler:
 
     @property
     def takes_eta(self) -> bool:
+        """Whether eta, the share of fresh noise, is one of its options."""
         return "eta" in self.options
 
     @property
@@ -56,6 +57,7 @@ class Sampler:
         return "noise_schedule" in inspect.signature(self.run).parameters
 
     def start_scale(self, sigma: float) -> float:
+        """The factor of unit noise that x begins as, at the first level sigma > 0."""
         return math.sqrt(1 + sigma**2) if self.start == "prior" else sigma
 
 
