@@ -16,7 +16,7 @@ picture: $(VENV)/.installed
 	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
 
 test: $(VENV)/.installed-test lint
-	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
