@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,3 +61,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = {name: randomise(module).state_dict() for name, module in build(TINY).items()}
     save_checkpoint(path, TINY, parts, torch.float32)
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Runs are equal bit by bit where sums come in one order, which several threads do not promise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

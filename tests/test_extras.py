@@ -149,7 +149,7 @@ def test_t2i_adapters_steer_too(pipe, hint, shelf):
 
 def test_differences_are_added_to_the_unet_without_its_adapters(pipe, hint, shelf):
     """Loaded while a LoRA is on, a file of differences gives the network that it gives alone."""
-    base = {name: tensor for name, tensor in pipe.model.unet.state_dict().items()}
+    base = pipe.model.unet.state_dict()
     whole = load_safetensors(shelf / "ControlNet" / "edges.safetensors")[0]
     names = {name: name.removeprefix("control_model.") for name in whole}
     less = {name: whole[name] - base[own] if own in base else whole[name] for name, own in names.items()}

@@ -37,17 +37,10 @@ from sfumato.weights.checkpoint import load_model
 from sfumato.weights.files import load_safetensors
 from tests.adapters import checkpoint_of, model_of, peer_unet, pipe_of, same_bits, unet_output, weights_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = LoopConfig(steps=10, batch_size=2, lr=1e-2, warmup=1, ema_decay=0.5, weight_decay=0.0, checkpoint_every=30)
 PLAIN = DiffusionConfig(caption_drop_prob=0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs are equal bit by bit where sums come in one order, which several threads do not promise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -25,19 +25,13 @@ from sfumato.train.views import Captioned, Hints, Shown, Views
 from sfumato.weights.controls import load_control, save_control
 from tests.adapters import checkpoint_of, inputs, model_of, same_bits, unet_output, weights_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = LoopConfig(steps=8, batch_size=2, lr=3e-3, warmup=1, ema_decay=0.5, weight_decay=0.0, checkpoint_every=30)
 
 
 def grey(pixels: np.ndarray) -> np.ndarray:
     return annotate(pixels, "grey")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

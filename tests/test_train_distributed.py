@@ -30,6 +30,8 @@ from sfumato.train.loop import State, ema_weights, fit, model_weights
 from .test_train import Latents, diffusion
 from .test_train_loop import CONFIG, Adversary, Points, Regression, everything, log_lines
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SHARDED = replace(CONFIG, shard=True, batch_size=2)
@@ -168,15 +170,6 @@ def newest(folder: Path) -> Path:
     found = max((path for path in folder.glob("state*")), key=lambda path: step_of(path))
     assert step_of(found) == CONFIG.steps
     return found
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As every rank has: several threads sum in another order, and Adam makes much of what is tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_equals_one_rank(run: Path, state: State) -> None:

@@ -29,15 +29,9 @@ from sfumato.weights.embeddings import load_embedding, save_embedding
 from sfumato.weights.hypernetworks import load_hypernetwork, save_hypernetwork
 from tests.tiny import TINIES, random_parts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = LoopConfig(steps=30, batch_size=2, lr=0.3, warmup=1, weight_decay=0.0, ema_decay=0.9, checkpoint_every=30)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class OnePicture:

@@ -14,14 +14,7 @@ from sfumato.cli.main import main
 from sfumato.images import load_png
 from sfumato.pipeline import Pipeline
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs are equal bit by bit where sums come in one order, which several threads do not promise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

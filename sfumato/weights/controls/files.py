@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfumato.families import Model
+from sfumato.families.detect import Detection
 from sfumato.weights.files import TensorFile, open_tensors, save_safetensors
 from sfumato.weights.layouts.diffusers_names import DIFFUSERS_STEM
 from sfumato.weights.layouts.folder import open_component
+from sfumato.weights.layouts.tables import Place
+from sfumato.weights.parts import Checkpoint, match
+from sfumato.weights.placing import fill
 
 Pool = dict[str, tuple[TensorFile, str]]
 
@@ -76,3 +81,14 @@ def check_target(path: Path) -> bool:
     if path.suffix == ".safetensors" and path.is_dir():
         raise ValueError(f"out={str(path)!r}: a folder is there")
     return path.suffix != ".safetensors"
+
+
+def fill_from(network: nn.Module, pool: Pool, path: Path, model: Model, what: str) -> None:
+    """Weights of the same names into a network, on the model's device; ValueError: as `what`, which tensor lacks."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = Checkpoint(path, "adapter", Detection(model.family, "the model's"), {})
+    used = match(found, "adapter", pool, {name: Place(name) for name in shapes}, shapes)
+    found.unknown = sorted(set(pool) - used)
+    if problems := found.problems():
+        raise ValueError(f"as {what}, {problems[0]}")
+    fill(network, found.parts["adapter"], model.device, model.dtype)

@@ -7,14 +7,11 @@ from pathlib import Path
 import torch
 
 from sfumato.families import Model
-from sfumato.families.detect import Detection, other_kind
+from sfumato.families.detect import other_kind
 from sfumato.models.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
-from sfumato.weights.controls.files import Pool, blamed, check_target, opened
+from sfumato.weights.controls.files import Pool, blamed, check_target, fill_from, opened
 from sfumato.weights.controls.names import kin_of, layout_of
 from sfumato.weights.files import save_safetensors
-from sfumato.weights.layouts.tables import Place
-from sfumato.weights.parts import Checkpoint, match
-from sfumato.weights.placing import fill
 
 HEAD = 64  # channels of a head of every published resampler
 
@@ -39,13 +36,7 @@ def load_ip_adapter(path: str | Path, model: Model) -> IPAdapter:
         dims = [attention.to_q.out_features for attention in cross_attentions(model.unet)]
         with torch.device("meta"):
             network = IPAdapter(config, dims)
-        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        found = Checkpoint(path, "adapter", Detection(model.family, "the model's"), {})
-        used = match(found, "adapter", pool, {name: Place(name) for name in shapes}, shapes)
-        found.unknown = sorted(set(pool) - used)
-        if problems := found.problems():
-            raise ValueError(f"as an IP-Adapter of {model.family.name}, {problems[0]}")
-        fill(network, found.parts["adapter"], model.device, model.dtype)
+        fill_from(network, pool, path, model, f"an IP-Adapter of {model.family.name}")
     return network
 
 

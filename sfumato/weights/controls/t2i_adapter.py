@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 from sfumato.families import Family, Model
-from sfumato.families.detect import Detection, other_kind
+from sfumato.families.detect import other_kind
 from sfumato.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
-from sfumato.weights.controls.files import Pool, blamed, check_target, opened, save_folder, without_prefix
+from sfumato.weights.controls.files import Pool, blamed, check_target, fill_from, opened, save_folder, without_prefix
 from sfumato.weights.controls.names import kin_of, layout_of
 from sfumato.weights.files import save_safetensors
-from sfumato.weights.layouts.tables import Place
-from sfumato.weights.parts import Checkpoint, match
-from sfumato.weights.placing import fill
 
 CLASS = "T2IAdapter"
 KINDS = {"full": "full_adapter", "light": "light_adapter", "xl": "full_adapter_xl"}  # diffusers' words
@@ -41,13 +38,7 @@ def load_t2i_adapter(path: str | Path, model: Model) -> T2IAdapter:
             raise ValueError(f"it is {what}, no T2I-Adapter")
         with torch.device("meta"):
             network = T2IAdapter(_config(pool, model.family))
-        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        found = Checkpoint(path, "adapter", Detection(model.family, "the model's"), {})
-        used = match(found, "adapter", pool, {name: Place(name) for name in shapes}, shapes)
-        found.unknown = sorted(set(pool) - used)
-        if problems := found.problems():
-            raise ValueError(f"as a T2I-Adapter of the kind {network.config.kind}, {problems[0]}")
-        fill(network, found.parts["adapter"], model.device, model.dtype)
+        fill_from(network, pool, path, model, f"a T2I-Adapter of the kind {network.config.kind}")
     return network
 
 
