@@ -369,8 +369,8 @@ def test_depth_lies_where_the_picture_lies() -> None:
 def test_tiles_of_an_upscale_have_noise_of_their_own(pipes: Callable[[str | None], Pipeline]) -> None:
     """What an ancestral sampler adds is neither the noise that it began from nor that of another tile."""
     from sfumato.tasks.catalogue import task_of
-    from sfumato.tasks.scenes import Drawn
     from sfumato.tasks.pictures import Pictures
+    from sfumato.tasks.scenes import Drawn
     from sfumato.tasks.studio import Studio
 
     pipe, pixels = pipes(None), np.full((16, 16, 3), 90, np.uint8)
