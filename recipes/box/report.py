@@ -122,6 +122,7 @@ def nearest(pixels: np.ndarray, data: Pictures) -> tuple[np.ndarray, np.ndarray]
 
 def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     """Every share, of drawn and of real pictures."""
+    args.out.mkdir(parents=True, exist_ok=True)
     pipe, judge = Pipeline.from_pretrained(args.ckpt, adapters=[]), load_judge(args.judge)
     rng = np.random.default_rng(args.seed)
     found: dict[str, Mapping[str, float]] = {}
@@ -169,7 +170,6 @@ def main() -> None:
     found = report(args)
     for name, shares in found.items():
         log.info("%s: %s", name, ", ".join(f"{what} {share:.3f}" for what, share in shares.items()))
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 
 INSTALL = 'pip install "sfumato[serve]"'
+INSTALL_PAGE = 'pip install "sfumato[page]"'
 DATA = "sfumato-data"
 
 
@@ -29,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--grace", type=float, default=10.0, metavar="S", help="s for what is at work at the end (default: %(default)s)"
     )
     add("--keep", type=float, default=30.0, metavar="DAYS", help="days that results are kept (default: %(default)s)")
+    add("--no-page", dest="page", action="store_false", help="only the APIs, no web page")
     add_model_flags(parser)
     add_device_flags(parser)
     beside = parser.add_subparsers(title="beside", metavar="keys | pause | resume", dest="beside")
@@ -51,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import fastapi  # noqa: F401 - whether they are there
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -94,7 +101,7 @@ def _pause(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     import uvicorn
 
-    from sfumato.server import a1111
+    from sfumato.server import a1111, openai
     from sfumato.server.app import check_bind, create_app
     from sfumato.server.desk import Desk, Settings
     from sfumato.server.gate import is_loopback
@@ -110,9 +117,23 @@ def _serve(args: argparse.Namespace) -> int:
         pipeline.engine.max_rows = args.max_rows
     settings = Settings(args.data, args.database, args.deterministic, args.max_rows, keep=args.keep * 24 * 3600)
     desk = Desk(pipeline, settings)
-    app = create_app(desk, routers=[a1111.router], only_local=is_loopback(args.host), grace=args.grace)
+    app = create_app(desk, routers=[a1111.router, openai.router], only_local=is_loopback(args.host), grace=args.grace)
+    if args.page:
+        _add_page(app, desk)
     uvicorn.run(
         app, host=args.host, port=args.port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=5, timeout_keep_alive=30, limit_concurrency=1000,
     )  # fmt: skip
     return 0
+
+
+def _add_page(app: Any, desk: Any) -> None:
+    """The web page, where what it needs is installed."""
+    if find_spec("gradio") is None:
+        logging.getLogger(__name__).warning("there is no web page: gradio is not installed (%s)", INSTALL_PAGE)
+        return
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(desk.settings.data.absolute() / "page"))  # not where all can look
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from sfumato.server.page.mounting import mount
+
+    mount(app, desk)

@@ -6,7 +6,9 @@ Every answer but of the 2xx is {"error": {"field", "message"}}.
 from __future__ import annotations
 
 import base64
+import json
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ from sfumato.server.events import events
 from sfumato.server.gate import MAX_BODY, Gate, foreign_problem, is_loopback, problem
 from sfumato.server.keys import Keys, User
 from sfumato.server.metrics import Metrics
+from sfumato.server.openai_jobs import failure
 from sfumato.server.orders import keep_picture
 from sfumato.server.queue import Conflict, Full
 from sfumato.server.words import JobOrder, State, view
@@ -60,17 +63,21 @@ def user_of(request: Request, authorization: Annotated[str | None, Header()] = N
     401 without, 429 where one asks too often.
     """
     desk = desk_of(request)
-    if desk.keys.any:
-        scheme, _, key = (authorization or "").partition(" ")
-        user = desk.keys.user(_password(key) if scheme.lower() == "basic" else key.strip())
-        if user is None:
-            raise HTTPException(401, "authorization: 'Bearer' and a key are needed", {"WWW-Authenticate": "Bearer"})
-    else:
-        user = User(LOCAL, desk.settings.limits)
+    user = whose_key(desk, authorization)
+    if user is None:
+        raise HTTPException(401, "authorization: 'Bearer' and a key are needed", {"WWW-Authenticate": "Bearer"})
     if (seconds := desk.meter.wait(user)) > 0:
         message = f"requests: {user.limits.requests} a minute are allowed"
         raise HTTPException(429, message, {"Retry-After": str(int(seconds) + 1)})
     return user
+
+
+def whose_key(desk: Desk, authorization: str | None) -> User | None:
+    """Whose key a header brings, None where it brings none; the one local user where there are no keys."""
+    if not desk.keys.any:
+        return User(LOCAL, desk.settings.limits)
+    scheme, _, key = (authorization or "").partition(" ")
+    return desk.keys.user(_password(key) if scheme.lower() == "basic" else key.strip())
 
 
 def _password(credentials: str) -> str:
@@ -168,8 +175,8 @@ def result(sha256: str, desk: DeskOf, user: UserOf) -> FileResponse:
 
 
 @router.get("/v1/models")
-def models(desk: DeskOf, user: UserOf) -> words.ModelList:
-    """The models, and all other names that a job may use."""
+def models(request: Request, desk: DeskOf, user: UserOf) -> words.ModelList:
+    """The models, and all other names that a job may use; `object` and `data` are what OpenAI's clients read."""
     model, shelf = desk.pipeline.model, desk.pipeline.extras.shelf
     usual = model.family.defaults
     own = words.ModelView(
@@ -177,8 +184,9 @@ def models(desk: DeskOf, user: UserOf) -> words.ModelList:
         steps=usual.steps, guidance=usual.guidance, sampler=usual.sampler,
     )  # fmt: skip
     kinds = {kind: sorted(shelf.files(kind)) for kind in ("lora", "hypernet", "embedding", "control")}
+    listed = words.Listed(id=model.name, created=request.app.state.began)
     return words.ModelList(
-        models=[own], samplers=sorted(SAMPLERS), schedules=sorted(SCHEDULES),
+        data=[listed], models=[own], samplers=sorted(SAMPLERS), schedules=sorted(SCHEDULES),
         upscalers=sorted({*UPSCALERS, *packaged_upscalers()}), loras=kinds["lora"], hypernets=kinds["hypernet"],
         embeddings=kinds["embedding"], controls=kinds["control"],
     )  # fmt: skip
@@ -233,6 +241,7 @@ def create_app(
         title="Sfumato", version=__version__, lifespan=life, docs_url=None, redoc_url=None, responses=FAILURES
     )
     app.state.desk, app.state.metrics = desk, Metrics(desk.queue, desk.service)
+    app.state.began = int(time.time())
     app.include_router(router)
     for each in (health, *routers):
         app.include_router(each)
@@ -290,4 +299,7 @@ def _said(
     """What is wrong, in the words of the door that was knocked at."""
     if request.url.path.startswith("/sdapi/"):
         return foreign_problem(status, message, headers)
+    if request.url.path.startswith("/v1/images/"):
+        status, content = failure(status, message, field)
+        return Response(json.dumps(content), status, headers, media_type="application/json")
     return problem(status, message, field, headers)

@@ -91,9 +91,20 @@ class ModelView(BaseModel):
     sampler: str
 
 
+class Listed(BaseModel):
+    """A model as OpenAI's API lists it; `created` is since when it is served, in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "sfumato"
+
+
 class ModelList(BaseModel):
     """The models that a job may name, and the other names that it may use."""
 
+    object: Literal["list"] = "list"
+    data: list[Listed]
     models: list[ModelView]
     samplers: list[str]
     schedules: list[str]
