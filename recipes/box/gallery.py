@@ -75,7 +75,7 @@ def masks(folder: Path) -> tuple[str, str]:
     away = np.hypot(x - 32, y - 36)
     found = {"hard": away < 22, "soft": np.clip((34 - away) / 20, 0, 1)}
     for name, mask in found.items():
-        Image.fromarray(np.uint8(255 * mask)).save(folder / f"{name}.png")
+        Image.fromarray((255 * mask).astype(np.uint8)).save(folder / f"{name}.png")
     return str(folder / "hard.png"), str(folder / "soft.png")
 
 
