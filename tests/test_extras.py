@@ -200,6 +200,17 @@ def test_replay_says_which_file_changed(tiny_checkpoint, shelf, tmp_path, caplog
     assert "lora:style is not the file" in caplog.text
 
 
+def test_a_hypernetwork_that_does_not_fit_leaves_no_lora_on(pipe, shelf):
+    """What was put on before the error comes off with it."""
+    network = randomise(Hypernetwork(HypernetworkConfig(widths=(24,))), 5)
+    save_hypernetwork(shelf / "hypernetworks" / "wide.pt", HypernetworkFile("wide", network))
+    before, plain = weights(pipe), drawn(pipe)
+    with pytest.raises(ValueError, match="contexts of widths"):
+        drawn(pipe, f"{PROMPT} <lora:style:1><hypernet:wide:1>")
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(pipe), strict=True))
+    assert np.array_equal(drawn(pipe), plain)
+
+
 def test_a_job_with_controls_is_json():
     job = Job("x", controls=(Control("edges", "a.png", "canny", {"low": 50.0}, 0.5),))
     assert job_from_dict(json.loads(json.dumps(job_to_dict(job)))) == job

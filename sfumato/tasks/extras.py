@@ -22,7 +22,6 @@ from sfumato.images.annotate import annotate, find_annotator
 from sfumato.images.fitting import fitted
 from sfumato.models.hed import HED
 from sfumato.models.hypernetwork import worn
-from sfumato.models.ip_adapter import IPAdapter
 from sfumato.prompts.networks import Hypernet, Lora, Network
 from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.steering import Adding, Prompting, steering_of, weights_of
@@ -39,6 +38,8 @@ from sfumato.weights.shelf import Shelf
 from sfumato.weights.towers import ImageTower, load_tower
 
 log = logging.getLogger(__name__)
+
+UNKNOWN = object()  # on the networks, after an error
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Extras:
         """Put exactly these (of `garments`) on the model's networks; () gives every bit back."""
         if whats == self._on:
             return
+        self._on = (UNKNOWN,)  # until all is done: an error half way must not pass for what was on before
         known = [what for what in whats if isinstance(what, What)]
         loras = [w for w in known if w.kind == "lora"]
         self._wardrobe.wear([Worn(self._adapters[w.path], w.text, w.unet, w.dyn) for w in loras])
@@ -138,14 +140,14 @@ class Extras:
         network = self.control(control)
         window = {"start": control.start, "end": control.end}
         if isinstance(network, Prompting):
-            tokens, none = network.tokens(pixels, self.tower(control, network.network))
+            tokens, none = network.tokens(pixels, self.tower(control))
             return Steer(network, tokens, control.weight, **window), Steer(network, none, control.weight, **window)
         hint = self.hint(control, pixels, int(job.width or 0), int(job.height or 0))
         hint = hint.to(self.model.device, self.model.dtype)
         steer = Steer(network, hint, weights_of(control, network.count(hint)), **window)
         return steer, steer if control.mode in ("balanced", "prompt") else None
 
-    def tower(self, control: Control, adapter: IPAdapter) -> ImageTower:
+    def tower(self, control: Control) -> ImageTower:
         """The image encoder that an IP-Adapter was made with: the one that its control names, else the only one."""
         if control.annotate is not None:
             path = self.shelf.find("vision", control.annotate)
