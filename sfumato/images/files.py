@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -24,13 +24,19 @@ def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any] | None = None
     With `new`, a file that is already there is left alone and FileExistsError raised, also where another process
     made it a moment ago.
     """
+    with written_beside(path) as beside:
+        with beside.open("wb") as file:
+            write_png(file, image, recipe)
+        if new:
+            path.touch(exist_ok=False)  # claims the name
+
+
+def write_png(file: BinaryIO, image: np.ndarray, recipe: Mapping[str, Any] | None = None) -> None:
+    """A PNG of (H, W, 3) uint8 with its recipe inside, into an open file."""
     info = PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False))
-    with written_beside(path) as beside:
-        Image.fromarray(image).save(beside, format="PNG", pnginfo=info)
-        if new:
-            path.touch(exist_ok=False)  # claims the name
+    Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sfumato.models.clip import CLIPVisionConfig, VisionModel
 from sfumato.safety.checking import Verdict
 from sfumato.weights.files import TensorFile, open_tensors
+from sfumato.weights.towers import MEAN, STD
 
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021, code
 HEAD_WIDTH = 64  # of CLIP's attention, where no config.json tells
 CARE = 0.01  # what a match of special care adds to all scores after it
 FILES = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.fp16.bin")
@@ -86,7 +86,7 @@ def prepared(pixels: np.ndarray, size: int) -> Tensor:
     small = [np.asarray(Image.fromarray(each).resize(wanted, Image.Resampling.BICUBIC)) for each in pixels]
     cut = torch.from_numpy(np.stack(small)[:, top : top + size, left : left + size])
     images = cut.permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def open_concepts(path: str | Path) -> ConceptChecker:

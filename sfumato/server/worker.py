@@ -6,7 +6,6 @@ Owns the names of results and the leases of what it has claimed. Knows no HTTP.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import re
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import SQLAlchemyError
 
-from sfumato.images import RECIPE_KEY, Picture, read_picture
+from sfumato.images import Picture, read_picture
+from sfumato.images.files import write_png
 from sfumato.pipeline import recipe
 from sfumato.server.queue import Entry, Queue
 from sfumato.server.service import Service
@@ -44,11 +43,8 @@ PREFIX = "sha256:"
 
 def png_of(image: np.ndarray, made: Mapping[str, Any] | None = None) -> bytes:
     """A PNG of (H, W, 3) uint8 with its recipe inside."""
-    info = PngImagePlugin.PngInfo()
-    if made is not None:
-        info.add_itxt(RECIPE_KEY, json.dumps(made, ensure_ascii=False))
     written = io.BytesIO()
-    Image.fromarray(image).save(written, format="PNG", pnginfo=info)
+    write_png(written, image, made)
     return written.getvalue()
 
 
