@@ -70,6 +70,7 @@ class Options:
     fresh: bool
     batch: int
     decay: str
+    min_snr: float
 
 
 def state_path(run: str) -> Path:
@@ -208,7 +209,8 @@ def train_diffusion(options: Options) -> None:
     network = nn.ModuleDict(parts)
     denoiser = Denoiser[Tensor](predict, NoiseSchedule(BOX.schedule), BOX.prediction)
     context = states if options.train_text else frozen(states)
-    objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, DiffusionConfig(min_snr_gamma=5.0))
+    weighting = DiffusionConfig(min_snr_gamma=options.min_snr or None)
+    objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, weighting)
     config = LoopConfig(
         options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=1000,
         warmup=200, ema_decay=0.999,
@@ -279,6 +281,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=7e-4, help="highest learning rate of diffusion (default: 7e-4)")
     parser.add_argument("--batch", type=int, default=16, help="examples a step of diffusion (default: 16)")
     parser.add_argument("--decay", choices=DECAYS, default="constant", help="of diffusion's rate (default: constant)")
+    parser.add_argument(
+        "--min-snr", type=float, default=5.0, help="gamma of diffusion's weights; 0: plain (default: 5)"
+    )
     parser.add_argument("--fresh", action="store_true", help="diffusion starts from random weights")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
@@ -286,7 +291,16 @@ def main() -> None:
         parser.error(f"--steps {args.steps}: say up to which step to train")
     run = args.run or ("diffusion" if args.stage == "export" else args.stage)
     options = Options(
-        args.data, args.steps, run, args.start, args.lr, args.train_text, args.fresh, args.batch, args.decay
+        args.data,
+        args.steps,
+        run,
+        args.start,
+        args.lr,
+        args.train_text,
+        args.fresh,
+        args.batch,
+        args.decay,
+        args.min_snr,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
