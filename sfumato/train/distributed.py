@@ -104,6 +104,9 @@ def joined(device: torch.device, alone_too: bool = False) -> Iterator[Ranks]:
         dist.init_process_group(backend)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+        # torch's caches of sharded tensors outlive the group, and gloo's threads with them: one that still holds the
+        # last message when the interpreter ends would abort the process. Meeting once more lets them let go.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
