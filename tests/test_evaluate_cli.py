@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from PIL import Image
 
 from sfumato.cli.evaluate import guidance_of, labels_of
 from sfumato.cli.main import main
+from sfumato.evaluate.sharing import Claims
 from sfumato.evaluate.statistics import load_statistics
-from sfumato.evaluate.sweep import shuffled_numbers
+from sfumato.evaluate.sweep import key_of, once, shuffled_numbers
 from sfumato.images import load_png
 from sfumato.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sfumato.pipeline import Pipeline
@@ -220,3 +223,64 @@ def test_scores_of_a_folder(real, clip_file, tmp_path, capsys):
     assert found["5 %"] <= found["median"] <= found["95 %"]
     assert json.loads((tmp_path / "scores.json").read_text())["mean"] == found["mean"]
     assert evaluate(*words) == 2 and "clip:" in capsys.readouterr().err
+
+
+WORKER = """
+import sys
+from sfumato.cli import main
+from sfumato.pipeline import Pipeline
+
+original = Pipeline.draw_many
+def draw_many(self, jobs, *rest):
+    with open(sys.argv[1], "a") as file:
+        file.writelines(f"{job.guidance:g} {job.seed}\\n" for job in jobs)
+    return original(self, jobs, *rest)
+Pipeline.draw_many = draw_many
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_share_a_sweep(flags, tmp_path):
+    """Each picture is drawn by one of them, and both end with the numbers of a run that was alone."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    flags = [*flags, "--batch", 1]
+    assert evaluate(*flags, "--out", alone) == 0
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, log, "evaluate", *map(str, flags), "--out", shared])
+        for log in logs
+    ]
+    assert [worker.wait(300) for worker in workers] == [0, 0]
+    drawn = [log.read_text().splitlines() if log.exists() else [] for log in logs]
+    assert sorted(drawn[0] + drawn[1]) == sorted(f"{g} {seed}" for g in ("1.5", "4") for seed in range(SAMPLES))
+    assert results(shared) == results(alone)
+
+
+def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
+    words = "import sys, time\nfrom pathlib import Path\nfrom sfumato.evaluate.sharing import Claims\n"
+    words += "claims = Claims(Path(sys.argv[1]))\nwith claims.claimed(3) as mine:\n    print(mine, flush=True)\n"
+    other = subprocess.Popen([sys.executable, "-c", words + "    time.sleep(300)", tmp_path], stdout=subprocess.PIPE)
+    assert other.stdout.readline().strip() == b"True"
+    with Claims(tmp_path) as claims:
+        with claims.claimed(3) as mine, claims.claimed(4) as next_one:
+            assert not mine and next_one
+        other.kill()
+        other.wait()
+        with claims.claimed(3) as mine:
+            assert mine
+
+
+def test_measured_once_and_anew_where_something_changed(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    path = tmp_path / "metrics.json"
+    assert once(path, "a", make) == once(path, "a", make) == {"value": 1}
+    assert once(path, "b", make) == {"value": 2}
+    path.write_text("{")
+    assert once(path, "b", make, wait=False) == {"value": 3} and len(calls) == 3
+    one, other = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+    assert len({key_of("a", one), key_of("a", other), key_of("b", one)}) == 3

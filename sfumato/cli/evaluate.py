@@ -3,6 +3,7 @@
   sfumato evaluate --data PATH --features inception:FILE clip:FILE --out DIR
   sfumato evaluate --a DIR --b DIR --features mobilenet-v2
   sfumato evaluate scores --data PATH --predictor FILE --clip FILE
+  sfumato evaluate probe --prompts FILE --features clip:FILE --out DIR
 
 FID, FID-infinity, KID, precision and recall of any network's features; Inception score of Inception's; CMMD, CLIP-FID
 and CLIP score of a CLIP's. A run that is stopped goes on when it is started again.
@@ -15,6 +16,8 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,24 @@ from tqdm import tqdm
 
 from sfumato import __version__
 from sfumato.cli.loading import add_device_flags
+from sfumato.cli.probing import SAMPLES as PROBED
+from sfumato.cli.probing import add_probe_flags, run_probe
 from sfumato.evaluate.features import FEATURES, Network, facts_of, open_features
 from sfumato.evaluate.figure import draw_figure
 from sfumato.evaluate.measuring import check_count, measured
 from sfumato.evaluate.resizing import RESIZERS, resized
 from sfumato.evaluate.statistics import save_statistics, statistics_of
-from sfumato.evaluate.sweep import Advance, Sweep, begin, drawn_features, gathered, shuffled_numbers, write_json
+from sfumato.evaluate.sweep import (
+    Advance,
+    Sweep,
+    begin,
+    drawn_features,
+    gathered,
+    key_of,
+    once,
+    shuffled_numbers,
+    write_json,
+)
 from sfumato.pipeline import Pipeline, choose_device
 from sfumato.train.data import Pictures, open_pictures
 from sfumato.train.data.pictures import caption_in, line_of, read
@@ -40,13 +55,16 @@ log = logging.getLogger(__name__)
 
 REFERENCE = 10_000  # real pictures, where the set has so many
 GUIDANCE = "1.5,2,3,4,5,6,7,8"  # those that the model cards of Stable Diffusion 1 show
+STEPS, SAMPLER, SAMPLES = 50, "plms", 2000  # as there; they had 10,000 pictures
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `sfumato evaluate`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("action", nargs="?", choices=["scores"], help="scores: aesthetic scores of --data by --predictor and --clip")
+    add("action", nargs="?", choices=["scores", "probe"],
+        help="scores: aesthetic scores of --data by --predictor and --clip; probe: what is drawn of --prompts, counted "
+        "as --features read it")  # fmt: skip
     add("--data", metavar="PATH", help="real pictures with captions: shards, a folder, JSON lines or Parquet")
     add("--a", metavar="PATH", help="compare these pictures (real) ...")
     add("--b", metavar="PATH", help="... with these, and draw nothing")
@@ -56,13 +74,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("drawing").add_argument
     add("--ckpt", nargs="+", metavar="PATH", default=[None], help="checkpoints (default: the model in the box)")
     add("--ema", action="store_true", help="use the averaged weights of full training checkpoints")
-    add("--guidance", metavar="LIST", default=GUIDANCE, help="(default: %(default)s)")
-    add("--steps", type=int, metavar="N", default=50, help="(default: %(default)s)")
-    add("--sampler", metavar="NAME", default="plms", help="(default: %(default)s)")
-    add("--samples", type=int, metavar="N", default=2000, help="pictures of each guidance (default: %(default)s)")
+    add("--guidance", metavar="LIST", help=f"(default: {GUIDANCE}; probe: the model's own, one)")
+    add("--steps", type=int, metavar="N", help=f"(default: {STEPS}; probe: the model's own)")
+    add("--sampler", metavar="NAME", help=f"(default: {SAMPLER}; probe: the model's own)")
+    add("--samples", type=int, metavar="N",
+        help=f"pictures of each guidance, or of each prompt (default: {SAMPLES}; probe: {PROBED})")  # fmt: skip
     add("--reference", type=int, metavar="N", default=REFERENCE, help="real pictures, at most (default: %(default)s)")
     add("--seed", type=int, metavar="N", default=0, help="of the captions' order and the noise (default: %(default)s)")
     add("--batch", type=int, metavar="N", default=16, help="pictures drawn together (default: %(default)s)")
+    add_probe_flags(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--predictor", metavar="FILE", help="linear or MLP predictor, as LAION publishes them")
     add("--clip", metavar="FILE", help="a CLIP whose image tower makes the embeddings (names of CLIPModel)")
@@ -73,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     if args.action == "scores":
         return tell_scores(args)
+    if args.action == "probe":
+        return run_probe(args, labels_of(args.ckpt))
     if args.data and (args.a or args.b):
         raise ValueError("data: either --data, to draw, or --a and --b")
     if args.a or args.b:
@@ -180,6 +202,10 @@ def draw_and_measure(args: argparse.Namespace) -> int:
     """--data: draw, measure, write results.json and figure.png."""
     if args.out is None:
         raise ValueError("out: say with --out DIR where pictures and results go")
+    usual = {"guidance": GUIDANCE, "steps": STEPS, "sampler": SAMPLER, "samples": SAMPLES}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("samples", "reference", "batch", "steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: 1 or more is needed")
@@ -197,19 +223,36 @@ def draw_and_measure(args: argparse.Namespace) -> int:
         save_statistics(
             out / f"real-{network.name}.safetensors", statistics_of(real[network.name], facts_of(network, args.resize))
         )
-    points: list[dict[str, Any]] = []
+    points: dict[tuple[str, float], dict[str, Any]] = {}
     source = f"{Path(args.data).resolve().name}, {len(pictures)} pictures"
+
+    def measure(label: str, pipeline: Pipeline, scale: float, wait: bool, advance: Advance) -> None:
+        """Draw what lacks, measure and tell it; without `wait`, nothing where another process measures it now."""
+        folder = out / f"{label}-guidance-{scale:g}"
+        drawn = drawn_features(folder, pipeline, sweep, scale, networks, args.resize, advance)
+        facts = [asdict(facts_of(network, args.resize)) for network in networks]
+        key = key_of(json.dumps([__version__, facts, args.seed, captions]), real, drawn)
+        results = once(
+            folder / "metrics.json",
+            key,
+            lambda: measured(networks, real, drawn, args.resize, args.seed, captions),
+            wait,
+        )
+        if results is not None:
+            points[label, scale] = _point(label, pipeline, sweep, scale, results)
+            _told(results)
+            ordered = [points[at] for at in product(labels, guidance) if at in points]
+            write_json(out / "results.json", {"sfumato": __version__, "data": source, "points": ordered})
+
     with _bar(len(labels) * len(guidance) * len(captions), "drawing") as bar:
         for label, path in labels.items():
             pipeline = Pipeline.from_pretrained(path, args.device, args.precision, use_ema=args.ema)
             for scale in guidance:
-                folder = out / f"{label}-guidance-{scale:g}"
-                drawn = drawn_features(folder, pipeline, sweep, scale, networks, args.resize, bar.update)
-                results = measured(networks, real, drawn, args.resize, args.seed, captions)
-                points.append(_point(label, pipeline, sweep, scale, results))
-                _told(results)
-                write_json(out / "results.json", {"sfumato": __version__, "data": source, "points": points})
-    draw_figure(out / "figure.png", points)
+                measure(label, pipeline, scale, False, bar.update)
+            for scale in guidance:
+                if (label, scale) not in points:
+                    measure(label, pipeline, scale, True, lambda count: None)
+    draw_figure(out / "figure.png", [points[at] for at in product(labels, guidance)])
     print(out / "results.json", out / "figure.png", sep="\n")
     return 0
 

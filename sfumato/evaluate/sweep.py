@@ -1,7 +1,7 @@
 """Drawing for a measurement: captions -> pictures and their features, at each guidance, kept chunk by chunk.
 
-A run that is stopped goes on where it was: what a folder holds says of which run it is. Knows no flags and no source of
-pictures. Letters: N pictures, D width of features.
+A run that is stopped goes on where it was, and several processes share one: what a folder holds says of which run it
+is. Knows no flags and no source of pictures. Letters: N pictures, D width of features.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sfumato.evaluate.features import Network
 from sfumato.evaluate.resizing import resized
+from sfumato.evaluate.sharing import Claims
 from sfumato.images.files import save_png, written_beside
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.types import Job
@@ -28,6 +30,8 @@ from sfumato.weights.files import load_safetensors, save_safetensors
 log = logging.getLogger(__name__)
 
 RUN = "run.json"
+ONCE = 2**40  # the claim's number of what is made once, above all chunks
+POLL = 0.5  # s between two looks at what another process is making
 Advance = Callable[[int], None]  # told how many pictures more are done
 Key = Callable[[range], str]
 Make = Callable[[range], Sequence[np.ndarray]]  # pictures (H, W, 3) uint8 of some numbers; fewer where some are broken
@@ -100,23 +104,77 @@ def gathered(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Features (N, D) by network of pictures 0 to `total` - 1, which `make` is asked for where they are not kept yet.
 
-    Each chunk of `batch` pictures is one file that appears whole; a damaged one is made anew. `key` says what makes
-    the pictures of a chunk: ValueError where a chunk that is kept is of others.
+    Each chunk of `batch` pictures is one file that appears whole; a damaged one is made anew. Processes at the same
+    folder make different chunks, and all wait for the last. `key` says what makes the pictures of a chunk: ValueError
+    where a chunk that is kept is of others.
     """
-    parts: dict[str, list[Tensor]] = {network.name: [] for network in networks}
-    for start in range(0, total, batch):
-        numbers = range(start, min(start + batch, total))
-        path = folder / f"features-{start:07}-{numbers.stop:07}.safetensors"
-        digest = hashlib.sha256(key(numbers).encode()).hexdigest()
-        chunk = _kept(path, networks, digest)
-        if chunk is None:
-            pictures = make(numbers)
-            chunk = {network.name: _seen(network, pictures, resize) for network in networks}
-            save_safetensors(path, chunk, {"key": digest})
-        for name, part in parts.items():
-            part.append(chunk[name].clone())
-        advance(len(numbers))
-    return {name: torch.cat(part) for name, part in parts.items()}
+    chunks: dict[int, dict[str, Tensor]] = {}
+    pending = {at: range(start, min(start + batch, total)) for at, start in enumerate(range(0, total, batch))}
+    with Claims(folder) as claims:
+        while pending:
+            before = len(pending)
+            for at, numbers in list(pending.items()):
+                path = folder / f"features-{numbers.start:07}-{numbers.stop:07}.safetensors"
+                digest = hashlib.sha256(key(numbers).encode()).hexdigest()
+                with claims.claimed(at) as is_mine:
+                    if not is_mine:
+                        continue
+                    chunk = _kept(path, networks, digest)
+                    if chunk is None:
+                        pictures = make(numbers)
+                        chunk = {network.name: _seen(network, pictures, resize) for network in networks}
+                        save_safetensors(path, chunk, {"key": digest})
+                chunks[at] = chunk
+                del pending[at]
+                advance(len(numbers))
+            if len(pending) == before:  # others make what is left
+                time.sleep(POLL)
+    return {network.name: torch.cat([chunks[at][network.name] for at in sorted(chunks)]) for network in networks}
+
+
+def once(path: Path, key: str, make: Callable[[], Any], wait: bool = True) -> Any:
+    """What `make` gives, as JSON: kept at `path` with the `key` of what it is made from, and made by one process only.
+
+    Without `wait`, None where another process is making it now.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    with Claims(path.parent) as claims:
+        while True:
+            with claims.claimed(ONCE) as is_mine:
+                if is_mine:
+                    found = _json_of(path)
+                    if found.get("key") != digest:
+                        found = json.loads(json.dumps({"key": digest, "content": make()}))
+                        write_json(path, found)
+                    return found["content"]
+            if not wait:
+                return None
+            time.sleep(POLL)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """A kept file's content; empty where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning("%s: made anew (%s)", path, error)
+        return {}
+    return found if isinstance(found, dict) and "content" in found else {}
+
+
+def key_of(*parts: Mapping[str, Tensor] | str) -> str:
+    """A key for `once`: the hash of tensors' numbers and of texts, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            for name, tensor in part.items():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def _seen(network: Network, pictures: Sequence[np.ndarray], resize: str) -> Tensor:
@@ -136,7 +194,7 @@ def _kept(path: Path, networks: Sequence[Network], digest: str) -> dict[str, Ten
         return None
     if metadata.get("key") != digest:
         raise ValueError(f"out={str(path)!r}: it is of other pictures or captions; another folder is needed")
-    return {network.name: found[network.name] for network in networks}
+    return {network.name: found[network.name].clone() for network in networks}
 
 
 def drawn_features(
