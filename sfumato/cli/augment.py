@@ -16,9 +16,10 @@ from pathlib import Path
 from sfumato.cli.drawing import pictures_in
 from sfumato.cli.job_flags import GROUPS, Texts, add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import draw_with_bar
 from sfumato.images import read_picture, save_png
-from sfumato.pipeline import Pipeline, recipe
+from sfumato.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add_device_flags(parser)
     add_job_flags(parser, without=WITHOUT)
+    add_protecting_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(f"folder={args.folder!r}: two pictures would both become {twice}; rename one")
     captions = {path: caption_of(path) for path in paths}
+    protecting = Protecting(args)
+    protecting.check_prompts([caption or "" for caption in captions.values()] if args.prompt is None else [args.prompt])
     pipeline = load(args, args.device, args.precision)
     outdir.mkdir(parents=True, exist_ok=True)
     there = broken = 0
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             if target.exists():
                 there += 1
                 continue
-            draw(target, path, captions[path], args, texts, pipeline)
+            draw(target, path, captions[path], args, texts, pipeline, protecting)
     if there:
         log.info("%d variants were there already", there)
     if broken:
@@ -98,16 +102,19 @@ def caption_of(path: Path) -> str | None:
 
 
 def draw(
-    target: Path, path: Path, caption: str | None, args: argparse.Namespace, texts: Texts, pipeline: Pipeline
-) -> None:
+    target: Path, path: Path, caption: str | None, args: argparse.Namespace, texts: Texts, pipeline: Pipeline,
+    protecting: Protecting,
+) -> None:  # fmt: skip
     """Draw one variant, its caption first, so that none is ever without."""
     own = random.Random(f"{args.seed} {target.name}")  # the same whatever else is in the folder
     job = job_from_flags(
         args, image=str(path), seed=own.randrange(2**32), prompt=caption or "" if args.prompt is None else args.prompt,
         strength=own.uniform(args.strength[0], args.strength[-1]),
     )  # fmt: skip
-    result = draw_with_bar(pipeline, texts.jobs(job)[0])
+    job = texts.jobs(job)[0]
+    protecting.check([job], pipeline.model)
+    shown = protecting.shown(draw_with_bar(pipeline, job))
     if caption is not None:
         shutil.copyfile(path.with_suffix(".txt"), target.with_suffix(".txt"))
-    save_png(target, result.images[0], recipe(result, 0))
+    save_png(target, *protecting.finished(shown, 0))
     print(target, flush=True)

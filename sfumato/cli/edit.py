@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import Saver
 from sfumato.images import read_picture
 from sfumato.images.fitting import fitted
@@ -48,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add_device_flags(parser)
     add("--outdir", metavar="DIR", default="outputs/edit-samples", help="(default: %(default)s)")
+    add_protecting_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"negative={args.negative!r}: it is learnt with --null-text; one of the two is needed")
     original = read_picture(args.image)
     picture = flat(original)
+    protecting = Protecting(args)
+    protecting.check_prompts([args.prompt if args.to is None else args.to])
+    protecting.check_size(*picture.shape[:2])
     pipeline = load(args, args.device, args.precision)
     saver = Saver(Path(args.outdir))
     model = pipeline.model
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             contexts = null_text(inversion, model, args.guidance, args.null_rounds, args.null_rate)
         wanted = args.prompt if args.to is None else args.to
         drawn = redrawn(inversion, wanted, model, args.guidance, args.negative, contexts, watch)
-    pixels = studio.decode(Drawn(drawn, 0.0), Job())[0, :tall, :wide]
+    pixels = studio.decode(Drawn(drawn, 0.0), Job())[:, :tall, :wide]
     told = {name: getattr(args, name) for name in TOLD}
     made = {
         "edit": told,
@@ -83,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
         "model": {"name": model.name, "hash": model.hash},
         "made with": made_with(model.device),
     }
-    saver.picture(pixels, made)
+    saver.picture(*protecting.protected(pipeline.result(Job(prompt=wanted), pixels, {}, 0.0), made))
     return 0

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.families import Model
 from sfumato.images import load_png, save_png
-from sfumato.pipeline import Pipeline, recipe
+from sfumato.pipeline import Pipeline
 from sfumato.tasks.checks import job_from_dict, job_to_dict
 from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.plot import Cell, Plot, checked, final_size, plot_of
@@ -57,6 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_device_flags(parser)
     add_job_flags(parser, defaults={"seed": 42})
+    add_protecting_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,22 +74,25 @@ def run(args: argparse.Namespace) -> int:
     plot = plot_of(job_from_flags(args), {name: getattr(args, name) for name in "xyz"}, args.matrix)
     cells = [replace(cell, job=job) for cell in plot.cells() for job in texts.jobs(cell.job)]
     out, folder = _writable(args.out), None if args.cells is None else _empty_folder(args.cells)
+    protecting = Protecting(args)
     pipeline = load(args, args.device, args.precision)
     pictures = Pictures()
     cells = [checked(cell, pipeline.model, pictures) for cell in cells]
     sizes = [final_size(cell.job, pipeline.model, pictures) for cell in cells]
+    protecting.check([cell.job for cell in cells], pipeline.model)
     sheet = sheet_of(plot, sizes, pipeline.model, args.prompt, args.columns)
     log.info("%d cells, %s on %s", len(cells), pipeline.model.name, pipeline.model.device)
     entries: list[Entry] = []
     try:
         with tqdm(total=len(cells), unit="cell", leave=False, file=sys.stderr, disable=None) as bar:
             for group in groups(sizes, args.together):
-                entries += draw_group(pipeline, cells, group, sheet, bar)
+                entries += draw_group(pipeline, cells, group, sheet, bar, protecting)
                 if folder is not None:
                     save_cells(folder, sheet.pixels, entries, group)
     finally:  # what is finished is kept, whatever ended it
         if entries:
-            save_png(out, sheet.pixels, {"plot": {"axes": plot.to_dict(), "cells": entries}})
+            made = {"plot": {"axes": plot.to_dict(), "cells": entries}}
+            save_png(out, sheet.pixels, protecting.signed(made, sheet.pixels))
             print(out)
     return 0
 
@@ -117,8 +122,10 @@ def groups(sizes: Sequence[tuple[int, int]], together: int | None) -> Iterator[r
     yield range(first, len(sizes))
 
 
-def draw_group(pipeline: Pipeline, cells: Sequence[Cell], group: range, sheet: Sheet, bar: Any) -> list[Entry]:
-    """Draw some cells together, put them on the sheet, and say what they are."""
+def draw_group(
+    pipeline: Pipeline, cells: Sequence[Cell], group: range, sheet: Sheet, bar: Any, protecting: Protecting
+) -> list[Entry]:
+    """Draw some cells together, put them on the sheet as they may be shown, marked, and say what they are."""
 
     def progress(done: int, total: int) -> None:
         bar.update(group.start + len(group) * done // total - bar.n)
@@ -127,12 +134,12 @@ def draw_group(pipeline: Pipeline, cells: Sequence[Cell], group: range, sheet: S
         results = pipeline.draw_many([cells[at].job for at in group], progress)
     except ValueError as error:
         raise ValueError(f"cells {group.start + 1} to {group.stop}: {error}") from error
+    entries = []
     for at, result in zip(group, results, strict=True):
-        sheet.paste(at, result.images[0])
-    return [
-        {"box": list(sheet.boxes[at]), "together": [group.start + 1, group.stop], "recipe": recipe(result, 0)}
-        for at, result in zip(group, results, strict=True)
-    ]
+        pixels, made = protecting.finished(protecting.shown(result), 0, sign=False)
+        sheet.paste(at, pixels)
+        entries.append({"box": list(sheet.boxes[at]), "together": [group.start + 1, group.stop], "recipe": made})
+    return entries
 
 
 def save_cells(folder: Path, sheet: np.ndarray, entries: Sequence[Entry], which: Iterable[int]) -> None:

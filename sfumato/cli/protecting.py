@@ -70,23 +70,36 @@ class Protecting:
         self._only_with_room = args.watermark is None
         self._key = None if args.sign is None else load_key(args.sign)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError where a prompt is refused."""
+        refuse(prompts, self._words)
+
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError where a picture of this size, in px, has no room for the mark that was asked for."""
+        if self.mark is not None and not self._only_with_room:
+            check_room(self.mark, height, width)
+
     def check(self, jobs: Sequence[Job], model: Model) -> None:
         """ValueError where a prompt is refused, or a picture would have no room for the mark."""
-        refuse([job.prompt for job in jobs], self._words)
+        self.check_prompts([job.prompt for job in jobs])
         if self.mark is None or self._only_with_room:
             return
         pictures = Pictures()
         for job in jobs:
             width, height = final_size(complete(job, model.family, pictures.size(job)), model, pictures)
-            check_room(self.mark, height, width)
+            self.check_size(height, width)
 
     def shown(self, result: Result) -> Checked:
         """The result as it may be shown."""
         found = checked(result, self._checker, self.policy)
+        self._tell(found)
+        return found
+
+    def _tell(self, found: Checked) -> None:
+        """Log how many pictures were flagged."""
         if count := sum(verdict.flagged for verdict in found.verdicts):
             done = {"report": "told in the recipe", "blur": "blurred", "withhold": "withheld"}[self.policy]
             log.warning("%d of %d pictures flagged by %s: %s", count, len(found.verdicts), self._checker_name, done)
-        return found
 
     @property
     def _checker_name(self) -> str:
@@ -96,17 +109,27 @@ class Protecting:
         """Whether picture `index` is not shown as it was drawn, so that nothing else may show it either."""
         return self.policy in ("blur", "withhold") and found.verdicts[index].flagged
 
-    def finished(self, found: Checked, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Picture `index` (H, W, 3) marked, and its recipe with what was done, signed."""
+    def finished(self, found: Checked, index: int, sign: bool = True) -> tuple[np.ndarray, dict[str, Any]]:
+        """Picture `index` (H, W, 3) marked, and its recipe with what was done, signed (unless it is a part only)."""
         pixels, made = found.result.images[index], recipe(found.result, index)
         if found.verdicts:
             made["safety"] = {"policy": found.policy, **found.verdicts[index].to_dict()}
         if self.mark is not None and self._has_room(pixels):
             pixels = marked(pixels, self.mark)
             made["watermark"] = asdict(self.mark)
-        if self._key is not None:
-            made = signed(made, pixels, self._key)
-        return pixels, made
+        return pixels, self.signed(made, pixels) if sign else made
+
+    def protected(self, result: Result, made: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """The one picture of a result (H, W, 3) looked at, treated and marked; `made` with what was done, signed.
+
+        For pictures whose recipe is not a job's.
+        """
+        pixels, own = self.finished(self.shown(result), 0, sign=False)
+        return pixels, self.signed({**made, **carried(own)}, pixels)
+
+    def signed(self, made: dict[str, Any], pixels: np.ndarray) -> dict[str, Any]:
+        """A recipe with a signature over itself and the pixels (H, W, 3), where one is asked for."""
+        return made if self._key is None else signed(made, pixels, self._key)
 
     def grid(self, pixels: np.ndarray) -> np.ndarray:
         """A grid of pictures, marked where it has room."""

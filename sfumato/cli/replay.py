@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sfumato.cli.loading import add_model_flags, load
 from sfumato.cli.plot import cell_of
-from sfumato.cli.protecting import carried, redone
+from sfumato.cli.protecting import Protecting, add_protecting_flags, carried, redone
 from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
@@ -35,6 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
     add("--out", metavar="FILE.png", help="save the new drawing here")
+    add_protecting_flags(parser)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if "plot" in made:
         raise ValueError(f"cell: {str(path)!r} is a plot; say which of its cells with --cell N")
     old = read_recipe(path, made)
+    protecting = Protecting(args)
+    protecting.check_prompts([old.job.prompt])
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
     pipeline = load(args, args.device or old.made_with.get("device"), precision)
     model = pipeline.model
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             log.warning("%s is not the file that this was drawn with", name)
     again = redone(result.images[old.index], made)
     if args.out:
-        save_png(Path(args.out), again, recipe(result, old.index) | carried(made))
+        save_png(Path(args.out), *saved_again(result, old.index, made, protecting))
         print(args.out)
     if again.shape == pixels.shape and np.array_equal(again, pixels):
         print("equal: every pixel")
@@ -133,6 +136,18 @@ def run(args: argparse.Namespace) -> int:
         if old.made_with.get(name) != now:
             print(f"made with {name} {old.made_with.get(name)}, now {now}")
     return 1
+
+
+def saved_again(
+    result: Result, index: int, made: dict[str, Any], protecting: Protecting
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """A picture (H, W, 3) that was drawn again, and its recipe: treated and marked as the flags ask, else as it was."""
+    given = {"safety": protecting.policy != "off", "watermark": protecting.mark is not None}
+    kept = {name: part for name, part in carried(made).items() if not given[name]}
+    one = replace(result, images=redone(result.images[index], {"safety": kept.get("safety")})[None])
+    pixels, own = protecting.finished(protecting.shown(one), 0, sign=False)
+    pixels = redone(pixels, {"watermark": kept.get("watermark")})
+    return pixels, protecting.signed({**recipe(result, index), **kept, **carried(own)}, pixels)
 
 
 def difference(new: np.ndarray, old: np.ndarray) -> str:

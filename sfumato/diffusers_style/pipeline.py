@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.diffusers_style.arguments import LOADING_IGNORED, in_their_names, refuse, refuse_unknown, sized, texts_of
+from sfumato.diffusers_style.looking import check_checker, looked_at
 from sfumato.diffusers_style.noise import BatchNoise, Generators, Share
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.engine import Run
@@ -45,7 +46,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class PipelineOutput:
     """Pictures of a call, as `.images`, ["images"], ["sample"] (diffusers before 0.3) or [0].
 
-    `nsfw_content_detected` is None: no picture was looked at.
+    `nsfw_content_detected` tells which pictures a checker flagged; None: no picture was looked at.
     """
 
     images: Any
@@ -61,13 +62,18 @@ class StableDiffusionPipeline:
     """A loaded model that is called as diffusers' pipeline of this name is; `pipeline` is ours behind it.
 
     The same generator gives the same starting noise, and PNDM, DDIM, Euler, Heun and LMS visit the same levels, so the
-    pictures are those of diffusers. No picture is checked for its content. One call at a time.
+    pictures are those of diffusers. Pictures are looked at where a `safety_checker` is given, also later, as
+    `pipe.safety_checker = ...`; flagged ones come back black. One call at a time.
     """
 
     _SIZES: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, pipeline: Pipeline, scheduler: object = None, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, pipeline: Pipeline, scheduler: object = None, config: Mapping[str, Any] | None = None,
+        safety_checker: Any = None,
+    ) -> None:  # fmt: skip
         self.pipeline = pipeline
+        self.safety_checker = safety_checker
         self._config = dict(config or {})
         family = pipeline.model.family
         self._scheduler = (
@@ -92,17 +98,16 @@ class StableDiffusionPipeline:
         use_auth_token: str | bool | None = None,
         vae: str | Path | None = None,
         scheduler: object = None,
-        safety_checker: None = None,
+        safety_checker: Any = None,
         **more: Any,
     ) -> StableDiffusionPipeline:
         """Load a file, a folder, a model of the hub, or the model in the box where no name is given, on the CPU.
 
-        `torch_dtype` None is float32; `vae` is a file, folder or hub name; `scheduler` as in `scheduler_of`. There is
-        no safety checker yet.
+        `torch_dtype` None is float32; `vae` is a file, folder or hub name; `scheduler` as in `scheduler_of`. A folder's
+        own `safety_checker` is not loaded unless given, as `open_checker(None, path)` of sfumato.safety.choosing.
         """
         refuse_unknown((name for name in more if name not in LOADING_IGNORED), cls.from_pretrained)
-        if safety_checker is not None:
-            raise ValueError("safety_checker: not there yet, only None is allowed")
+        check_checker(safety_checker)
         names = {dtype: name for name, dtype in PRECISIONS.items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         if dtype not in names:
@@ -111,7 +116,7 @@ class StableDiffusionPipeline:
         path = box_path() if name is None else resolve(name, revision, variant, use_auth_token or token)
         pipeline = Pipeline.from_pretrained(path, "cpu", names[dtype], vae=vae, variant=variant)
         configs = read_configs(path) if path.is_dir() else {}
-        return cls(pipeline, scheduler, configs.get("scheduler/scheduler_config.json"))
+        return cls(pipeline, scheduler, configs.get("scheduler/scheduler_config.json"), safety_checker)
 
     from_single_file = from_pretrained
 
@@ -158,6 +163,15 @@ class StableDiffusionPipeline:
     @scheduler.setter
     def scheduler(self, wanted: object) -> None:
         self._scheduler = scheduler_of(wanted, self.pipeline.model.family, self._config)
+
+    @property
+    def safety_checker(self) -> Any:
+        """What looks at pictures; None: nothing does."""
+        return self._checker
+
+    @safety_checker.setter
+    def safety_checker(self, checker: Any) -> None:
+        self._checker = check_checker(checker)
 
     @property
     def interrupt(self) -> bool:
@@ -260,8 +274,10 @@ class StableDiffusionPipeline:
         texts = zip(prompts, negatives, strict=True)
         jobs = [self._job({"prompt": text, "negative": other, **fields}, sizes) for text, other in texts]
         final = self._drive(self._runs(jobs, generator, latents), jobs[0], callback_on_step_end)
-        images = final.clone() if output_type == "latent" else self._pictures(final, output_type)
-        return PipelineOutput(images) if return_dict else (images, None)
+        if output_type == "latent":
+            return PipelineOutput(final.clone()) if return_dict else (final.clone(), None)
+        images, flags = self._pictures(final, output_type)
+        return PipelineOutput(images, flags) if return_dict else (images, flags)
 
     def _job(self, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> Job:
         """A complete Job of the scheduler's sampler; errors name its fields as they are called here."""
@@ -353,12 +369,15 @@ class StableDiffusionPipeline:
         for part, rows in zip(parts, (changed / scale).split([len(part) for part in parts]), strict=True):
             part.copy_(rows)  # the tensor that the sampler goes on from
 
-    def _pictures(self, latents: Tensor, kind: str) -> Any:
-        images = decode(latents, 0.0, self.pipeline.model, **self._decoding)
+    def _pictures(self, latents: Tensor, kind: str) -> tuple[Any, list[bool] | None]:
+        """The pictures as asked for, and which of them are flagged."""
+        images, flags = decode(latents, 0.0, self.pipeline.model, **self._decoding), None
+        if self._checker is not None:
+            images, flags = looked_at(self._checker, images)
         if kind == "pil":
-            return [Image.fromarray(image) for image in to_uint8(images)]
+            return [Image.fromarray(image) for image in to_uint8(images)], flags
         images = (images / 2 + 0.5).clamp(0, 1)
-        return images.clone() if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+        return images.clone() if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy(), flags
 
 
 class StableDiffusionXLPipeline(StableDiffusionPipeline):

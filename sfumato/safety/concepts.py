@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from sfumato.models.clip import CLIPVisionConfig, VisionModel
 from sfumato.safety.checking import Verdict
+from sfumato.weights import towers
 from sfumato.weights.files import TensorFile, open_tensors
-from sfumato.weights.towers import MEAN, STD
 
 HEAD_WIDTH = 64  # of CLIP's attention, where no config.json tells
 CARE = 0.01  # what a match of special care adds to all scores after it
@@ -78,15 +77,8 @@ class ConceptChecker:
 
 
 def prepared(pixels: np.ndarray, size: int) -> Tensor:
-    """pixels (B, H, W, 3) uint8 -> (B, 3, size, size): the shorter side to `size`, bicubic, the middle cut out."""
-    height, width = pixels.shape[1:3]
-    shorter = min(height, width)
-    wanted = (int(size * width / shorter), int(size * height / shorter))
-    left, top = (wanted[0] - size) // 2, (wanted[1] - size) // 2
-    small = [np.asarray(Image.fromarray(each).resize(wanted, Image.Resampling.BICUBIC)) for each in pixels]
-    cut = torch.from_numpy(np.stack(small)[:, top : top + size, left : left + size])
-    images = cut.permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    """pixels (B, H, W, 3) uint8 -> (B, 3, size, size), each as CLIP's own preparation makes it."""
+    return torch.stack([towers.prepared(each, size) for each in pixels])
 
 
 def open_concepts(path: str | Path) -> ConceptChecker:

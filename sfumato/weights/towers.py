@@ -92,10 +92,13 @@ def _quick(width: int, activation: str | None) -> bool:
 
 
 def prepared(pixels: np.ndarray, size: int) -> Tensor:
-    """(H, W, 3) uint8 -> (3, size, size): the shorter side resized (bicubic), the middle, normalised, as CLIP's own."""
+    """(H, W, 3) uint8 -> (3, size, size): the shorter side resized (bicubic), the middle, normalised, as CLIP's own.
+
+    The longer side is rounded down as CLIP's and transformers' code do it: the product first, then the division.
+    """
     tall, wide = pixels.shape[:2]
-    scale = size / min(tall, wide)
-    new = (max(size, int(wide * scale)), max(size, int(tall * scale)))
+    shorter = min(tall, wide)
+    new = (int(size * wide / shorter), int(size * tall / shorter))
     image = Image.fromarray(pixels).resize(new, Image.Resampling.BICUBIC)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     cut = np.array(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
