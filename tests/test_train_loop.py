@@ -608,3 +608,43 @@ def golden(folder: Path) -> list[float]:
 
 def test_golden_loss_curve(tmp_path):
     assert golden(tmp_path) == pytest.approx(GOLDEN, abs=1e-4)
+
+
+def test_parts_learn_at_rates_of_their_own_and_resume_bit_for_bit(tmp_path):
+    """Adam's first step has the length of the rate, whatever the gradient."""
+    one = replace(CONFIG, steps=1, warmup=0, weight_decay=0.0)
+    before = {name: value.clone() for name, value in Regression().network.named_parameters()}
+    plain = fit(Regression(), Points(), one, tmp_path / "plain").parameters
+    slow = fit(Regression(), Points(), replace(one, part_lr={"4": one.lr / 8}), tmp_path / "slow").parameters
+    for name, start in before.items():
+        ratio = 8 if name.startswith("4") else 1
+        assert torch.allclose((slow[name] - start) * ratio, plain[name] - start, rtol=1e-3, atol=1e-7), name
+        assert not torch.equal(slow[name], start)
+    assert torch.equal(slow["0.weight"], plain["0.weight"])
+
+    config = replace(CONFIG, part_lr={"4": 1e-3, "4.bias": 5e-2})
+    assert (config.share_of("4.weight"), config.share_of("4.bias"), config.share_of("0.bias")) == (0.1, 5.0, 1.0)
+    straight = fit(Adversary(), Points(), config, tmp_path / "straight")
+    fit(Adversary(), Points(), replace(config, steps=2), tmp_path / "resumed")
+    resumed = fit(Adversary(), Points(), config, tmp_path / "resumed")
+    assert_same(everything(straight), everything(resumed))
+    other = fit(Adversary(), Points(), replace(config, part_lr={}), tmp_path / "other")
+    assert not torch.equal(everything(other)["model.4.bias"], everything(straight)["model.4.bias"])
+
+
+def test_the_rates_of_parts_are_in_the_checkpoint_and_a_change_is_told(tmp_path, caplog):
+    fit(Regression(), Points(), replace(CONFIG, steps=1, part_lr={"4": 1e-3}), tmp_path)
+    fit(Regression(), Points(), replace(CONFIG, steps=2, part_lr={"4": 1e-3}), tmp_path)
+    assert "part_lr" not in caplog.text
+    fit(Regression(), Points(), replace(CONFIG, steps=3), tmp_path)
+    assert "part_lr was {'4': 0.001}, is {}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [({"text": 1e-3}, "part_lr='text': nothing that is trained .*there are 0, 1, 4"), ({"4": 0.0}, "above 0"),
+     ({"": 1.0}, "names, and for each")],
+)  # fmt: skip
+def test_rates_of_nothing_are_refused(tmp_path, rates, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Regression(), Points(), replace(CONFIG, part_lr=rates), tmp_path)

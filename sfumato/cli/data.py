@@ -21,6 +21,7 @@ from sfumato.train.data.duplicates import HASHES, MOST, colours, groups
 from sfumato.train.data.filtering import PRESETS, chosen_of, filter_tables, tables_of
 from sfumato.train.data.pictures import Pictures, line_of, read
 from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures, scores_of_stored
+from sfumato.train.data.watermarks import load_detector, watermarks_of_pictures
 from sfumato.train.data.writing import PER_SHARD, check_out, write_shards
 
 Parser = argparse.ArgumentParser
@@ -39,7 +40,7 @@ def add_flags(parser: Parser) -> None:
         ),
         ("stats", _stats_flags, tell_statistics, "sizes, aspect ratios, captions and scores as JSON and plots"),
         ("dedup", _dedup_flags, find_duplicates, "list near duplicates, or write the set without them"),
-        ("score", _score_flags, score_set, "aesthetic scores from CLIP embeddings"),
+        ("score", _score_flags, score_set, "aesthetic scores from CLIP embeddings, or how likely watermarks are"),
         ("check", _check_flags, check_set, "read everything once and report what is broken"),
     ):
         sub = actions.add_parser(name, help=about, description=about)
@@ -204,17 +205,23 @@ def find_duplicates(args: argparse.Namespace) -> int:
 
 def _score_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--predictor", required=True, metavar="FILE", help="linear or MLP predictor, as LAION publishes them")
+    add("--predictor", metavar="FILE", help="of aesthetics: linear or MLP, as LAION publishes them")
+    add("--watermark", metavar="FILE", help="of visible watermarks: LAION's detector, watermark_model_v1.pt, instead")
     add("--clip", metavar="FILE", help="a CLIP whose image tower makes the embeddings (names of CLIPModel)")
     add("--exact-gelu", action="store_true", help="that CLIP is one of OpenCLIP's with the exact GELU")
     add("--embeddings", metavar="PATH", help="embeddings in the set's order instead: .npy, or clip-retrieval's folder")
     add("--column", metavar="NAME", help="embeddings in this column of a Parquet list instead")
-    add("--name", default="aesthetic", metavar="WORD", help="what the score is called (default: %(default)s)")
+    add("--name", metavar="WORD", help="what the score is called (default: aesthetic, or pwatermark)")
     add("--out", required=True, metavar="FILE", help="JSON lines for `filter --facts`; with --column, Parquet")
 
 
 def score_set(args: argparse.Namespace) -> int:
     """Write a score for each picture."""
+    if (args.predictor is None) == (args.watermark is None):
+        raise ValueError("predictor: one of --predictor and --watermark is needed")
+    args.name = args.name or ("aesthetic" if args.watermark is None else "pwatermark")
+    if args.watermark is not None:
+        return _score_watermarks(args)
     if sum(bool(one) for one in (args.clip, args.embeddings, args.column)) != 1:
         raise ValueError("embeddings: one of --clip, --embeddings and --column is needed")
     predictor = load_predictor(args.predictor)
@@ -233,6 +240,19 @@ def score_set(args: argparse.Namespace) -> int:
             raise ValueError(f"embeddings={args.embeddings!r}: {len(stored)} of them for {len(pictures)} pictures")
         scores = list(enumerate(stored.tolist()))
     _write_facts(out, _scored(pictures, scores, args.name), len(pictures))
+    _told_report(pictures)
+    return 0
+
+
+def _score_watermarks(args: argparse.Namespace) -> int:
+    for name in ("clip", "embeddings", "column"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}={getattr(args, name)!r}: it goes with --predictor")
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"out={args.out!r}: it is there already")
+    pictures, detector = _opened(args.source), load_detector(args.watermark)
+    _write_facts(out, _scored(pictures, watermarks_of_pictures(detector, pictures), args.name), len(pictures))
     _told_report(pictures)
     return 0
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from sfumato.cli.training import personal, status, whole
+from sfumato.cli.training import beginning, distilling, personal, status, whole
 
 COMMANDS = (
+    ("new", beginning.add_new_flags, beginning.run_new, "write a checkpoint of random weights, to train from nothing"),
+    ("clip", beginning.add_clip_flags, beginning.run_clip, "train the text encoder to tell pictures by their captions"),
     ("diffusion", whole.add_diffusion_flags, whole.run_diffusion, "train the U-Net, and the text encoder if you like"),
     ("autoencoder", whole.add_autoencoder_flags, whole.run_autoencoder, "train the autoencoder, or its decoder alone"),
     ("lora", personal.add_lora_flags, personal.run_lora, "learn a subject or a style beside the weights"),
@@ -19,6 +21,7 @@ COMMANDS = (
     ("textual-inversion", personal.add_inversion_flags, personal.run_inversion, "learn a new word"),
     ("hypernetwork", personal.add_hypernetwork_flags, personal.run_hypernetwork, "learn a network beside attentions"),
     ("controlnet", personal.add_controlnet_flags, personal.run_controlnet, "learn to be steered by pictures"),
+    ("consistency", distilling.add_consistency_flags, distilling.run_consistency, "learn to draw in 1 to 8 steps"),
     ("status", status.add_status_flags, status.show_status, "tell how far a run is"),
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
 DECAYS = ("constant", "cosine", "linear")
@@ -25,6 +25,7 @@ class LoopConfig:
     """Learning rate warms up linearly, then stays ("constant") or falls to a tenth ("cosine", "linear").
 
     lr, critic_lr      highest learning rates, > 0; None: the critic learns at `lr`
+    part_lr            and those of parameters whose names begin so, as {"text": 1e-6}; the longest beginning counts
     clip_norm          longest gradient; infinity: any
     accumulate         batches a step
     precision          of the forward pass; parameters, moments and averages are always float32
@@ -58,6 +59,7 @@ class LoopConfig:
     critic_lr: float | None = None
     nan_patience: int = 10
     shard: bool = False
+    part_lr: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self, save_every: int | None) -> None:
         if save_every is not None:
@@ -72,6 +74,9 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r}: a number above 0")
+        for name, value in self.part_lr.items():
+            if not (name and value > 0 and math.isfinite(value)):
+                raise ValueError(f"part_lr={dict(self.part_lr)!r}: names, and for each a number above 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay!r}: from 0 up to, but without, 1")
 
@@ -87,6 +92,11 @@ class LoopConfig:
     def critic_lr_at(self, step: int) -> float:
         """Learning rate of the critic, whose course is that of the network."""
         return self.lr_at(step) * (self.critic_lr or self.lr) / self.lr
+
+    def share_of(self, name: str) -> float:
+        """How much of the network's learning rate a parameter of this name has."""
+        fitting = [start for start in self.part_lr if name.startswith(start)]
+        return self.part_lr[max(fitting, key=len)] / self.lr if fitting else 1.0
 
     def examples_per_step(self, ranks: int) -> int:
         """Examples that `ranks` processes see together in one step."""

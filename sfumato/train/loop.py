@@ -26,6 +26,7 @@ from sfumato.train.data import Examples, Ordered, indices_at, indices_of
 from sfumato.train.distributed import Ranks, average_whole, clip_gradients, joined, spread, syncing
 from sfumato.train.guards import Lock, NotFiniteError, keep_bad_step, polite_stop, writable
 from sfumato.train.logs import GIB, RunLog, SavedActivations, cut_log, memory_line
+from sfumato.train.optimizers import SHARE, part_rates
 from sfumato.train.state import Part, State
 
 __all__ = ["LoopConfig", "Objective", "State", "ema_weights", "export_weights", "fit", "model_weights"]
@@ -174,6 +175,7 @@ class _Run:
         loss = spread(network, objective.loss, ranks, config.shard)
         critic_loss = None if critic is None else spread(critic.train(), objective.critic_loss, ranks, shard=False)
         state = State(network, config, critic, averaged=ranks.first or config.shard)
+        part_rates(state.optimizer, state.trained.parameters, config)
         checkpoints = Checkpoints(folder, config, ranks)
         ranks.first_does(checkpoints.sweep)
         checkpoints.resume(state)
@@ -304,7 +306,7 @@ def _update(state: State, config: LoopConfig) -> None:
     rates = (config.lr_at(state.step), config.critic_lr_at(state.step))
     for part, rate in zip(state.parts, rates, strict=False):
         for group in part.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(SHARE, 1.0)
         part.optimizer.step()
         part.optimizer.zero_grad(set_to_none=True)
     if config.precision == "fp16":

@@ -173,7 +173,7 @@ def kohya_facts(
         "ss_max_train_steps": loop.steps,
         "ss_learning_rate": loop.lr,
         "ss_unet_lr": loop.lr,
-        "ss_text_encoder_lr": loop.lr if config.train_text else None,
+        "ss_text_encoder_lr": loop.part_lr.get("text", loop.lr) if config.train_text else None,
         "ss_lr_scheduler": loop.decay,
         "ss_lr_warmup_steps": loop.warmup,
         "ss_optimizer": loop.optimizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,6 +32,29 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: f
         raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; or take adamw")
     library = importlib.import_module("bitsandbytes")
     return cast(torch.optim.Optimizer, library.optim.AdamW8bit(groups, lr=lr, betas=config.betas))
+
+
+SHARE = "share"  # of a group's parameters in the network's learning rate; without it all of it
+
+
+def part_rates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> None:
+    """Divide the groups of a new optimiser so that those with a rate of their own (`config.part_lr`) have it.
+
+    ValueError where no parameter that is trained has such a name.
+    """
+    for start in config.part_lr:
+        if not any(name.startswith(start) for name in parameters):
+            known = ", ".join(sorted({name.partition(".")[0] for name in parameters}))
+            raise ValueError(f"part_lr={start!r}: nothing that is trained has a name that begins so; there are {known}")
+    if not config.part_lr:
+        return
+    shares = {parameter: config.share_of(name) for name, parameter in parameters.items()}
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    for group in groups:
+        for share in sorted({shares[parameter] for parameter in group["params"]}):
+            own = [parameter for parameter in group["params"] if shares[parameter] == share]
+            optimizer.add_param_group({**group, "params": own, SHARE: share})
 
 
 @dataclass

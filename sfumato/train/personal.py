@@ -21,6 +21,7 @@ from torch import nn
 from sfumato.families import Model
 from sfumato.images import save_png
 from sfumato.models.hypernetwork import HypernetworkConfig, worn
+from sfumato.models.layers import hasten
 from sfumato.train.checkpoints import candidates, step_of
 from sfumato.train.config import LoopConfig
 from sfumato.train.controlnet import control_result, new_control
@@ -112,6 +113,8 @@ def run(ready: Ready, setup: Setup, checkpointing: bool = False) -> Path:
     """
     keep_settings(setup.folder, ready.settings | {"base": setup.model.hash})
     left = setup.config.steps - _steps_done(setup.folder)
+    networks = nn.ModuleList([*setup.model.networks.values(), ready.objective.network])
+    hasten(networks)
     with recomputed(nn.ModuleList([setup.model.unet, ready.objective.network])) if checkpointing else nullcontext():
         if left > 0:
             cost = measure(ready.objective, ready.examples, setup.config, nn.ModuleList(setup.model.networks.values()))
@@ -121,6 +124,8 @@ def run(ready: Ready, setup: Setup, checkpointing: bool = False) -> Path:
         except KeyboardInterrupt:
             ready.save(_as_saved(ready, setup))
             raise
+        finally:
+            hasten(networks, on=False)
     if not ready.result.exists():
         ready.save(state)
     return ready.result

@@ -34,6 +34,7 @@ class Watched:
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
+    sampler: str | None = None
     columns: int = 4
     controls: tuple[Control, ...] = ()
 
@@ -74,7 +75,7 @@ def draw(model: Model, watched: Watched, adapters: Shelf | None = None) -> np.nd
     jobs = [
         Job(
             prompt, seed=watched.seed, count=watched.count, steps=watched.steps, guidance=watched.guidance,
-            controls=watched.controls,
+            sampler=watched.sampler, controls=watched.controls,
         )
         for prompt in watched.prompts
     ]  # fmt: skip

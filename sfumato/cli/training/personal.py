@@ -86,7 +86,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, 1e-4, 0.99, 0.0)
     _add_caption(parser)
     _add_adapter(parser)
-    parser.add_argument("--train-text", action="store_true", help="change the text encoders too, at the same rate")
+    parser.add_argument("--train-text", action="store_true", help="change the text encoders too (rate: --text-lr)")
     _add_prior(parser)
     _add_checkpointing(parser)
 

@@ -20,11 +20,21 @@ log = logging.getLogger(__name__)
 
 
 def add_run_flags(
-    parser: argparse.ArgumentParser, lr: float = 1e-5, ema_decay: float = 0.999, batch: int = 4, ranks: bool = True
+    parser: argparse.ArgumentParser,
+    lr: float = 1e-5,
+    ema_decay: float = 0.999,
+    batch: int = 4,
+    ranks: bool = True,
+    need_data: bool = True,
+    text: bool = True,
 ) -> None:
-    """Data, folder, model, sizes, steps; with the defaults of a kind of training, and whether it knows ranks."""
+    """Data, folder, model, sizes, steps; with the defaults of a kind of training, and whether it knows ranks.
+
+    Without `need_data` the command has another way to say what is learned from; with `text` it may train text
+    encoders beside.
+    """
     add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="PATH",
+    add("--data", nargs="+", required=need_data, metavar="PATH",
         help="captioned pictures: a folder, shards (.tar), JSON lines or Parquet (docs/data.md)")  # fmt: skip
     add("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
     add_model_flags(parser)
@@ -37,6 +47,9 @@ def add_run_flags(
     add("--batch", type=int, default=batch, metavar="N", help="pictures of a batch, on a rank (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches of a step (default: %(default)s)")
     add("--lr", type=float, default=lr, metavar="X", help="highest learning rate (default: %(default)s)")
+    if text:
+        help = "that of the text encoders, with --train-text (default: --lr)"
+        add("--text-lr", type=float, metavar="X", help=help)
     add("--warmup", type=int, default=100, metavar="N", help="steps until it is reached (default: %(default)s)")
     add("--decay", choices=DECAYS, default="constant", help="what it does then (default: %(default)s)")
     add("--ema-decay", type=float, default=ema_decay, metavar="X", help="of averaged weights (default: %(default)s)")
@@ -72,10 +85,15 @@ def config_of(args: argparse.Namespace) -> LoopConfig:
     every = 0
     if getattr(args, "prompt", None):
         every = max(1, args.steps // 10) if args.sample_every is None else args.sample_every
+    part_lr = {}
+    if getattr(args, "text_lr", None) is not None:
+        if not getattr(args, "train_text", False):
+            raise ValueError(f"text_lr={args.text_lr:g}: text encoders are trained with --train-text only")
+        part_lr["text"] = args.text_lr
     return LoopConfig(
         args.steps, args.batch, args.lr, args.warmup, args.decay, accumulate=args.accumulate,
         ema_decay=args.ema_decay, seed=args.seed, checkpoint_every=args.checkpoint_every, sample_every=every,
-        precision=args.precision, optimizer=args.optimizer, shard=getattr(args, "shard", False),
+        precision=args.precision, optimizer=args.optimizer, shard=getattr(args, "shard", False), part_lr=part_lr,
     )  # fmt: skip
 
 
