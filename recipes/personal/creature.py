@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from sfumato.images import save_png
 from sfumato.pipeline import Pipeline
 
-WORD = "sks"
+WORD, KIND = "sks", "penguin"  # a word of no meaning, and what the box knows that is nearest to it
 FINER = 4  # drawn so many times larger, so that edges are smooth
 TEAL, DARK, BELLY = (24, 148, 148), (12, 92, 98), (196, 232, 222)
 HORN, BEAK, WHITE, BLACK = (244, 140, 32), (250, 190, 60), (255, 255, 255), (20, 28, 36)
@@ -45,7 +45,8 @@ class Pose:
     @property
     def caption(self) -> str:
         """In the words of the box's own captions."""
-        return f"a {WORD} owl on a {self.background} background"
+        article = "an" if self.background[0] in "aeiou" else "a"
+        return f"a {WORD} {KIND} on {article} {self.background} background"
 
 
 SUBJECT = (
