@@ -23,6 +23,7 @@ LAYERS = (
     ("pipeline",),
     ("diffusers_style",),
     ("train", "evaluate", "safety", "server"),
+    ("batch",),
     ("cli",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -3,16 +3,20 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import inspect
+from sqlalchemy.orm import Session
 
-from sfumato.server.queue import MAX_ATTEMPTS, MAX_CRASHES, Conflict, Full, Queue
+from sfumato.server.queue import MAX_ATTEMPTS, MAX_CRASHES, Conflict, Full, Queue, turns
 from sfumato.server.store import Store
-from sfumato.server.tables import Base, open_database
+from sfumato.server.tables import Base, JobRow, open_database
 
 
 class Clock:
@@ -52,7 +56,7 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.services)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'queue.db'}"
@@ -296,3 +300,110 @@ def test_a_store_names_files_by_their_content(tmp_path: Path) -> None:
     assert list(store.older(1000)) == [name] and not half.exists()
     store.remove(name)
     assert store.path(name) is None and list((tmp_path / "results").iterdir()) == []
+
+
+WORKER = """
+import sys, time
+from sfumato.server.queue import Queue
+keeps = int(sys.argv[3])
+queue = Queue(sys.argv[1], lease=5.0 if keeps else 600.0)
+print("ready", flush=True)
+sys.stdin.readline()
+while (entry := queue.claim(sys.argv[2])) is not None:
+    print(entry.id, flush=True)
+    if keeps:  # takes so many and does nothing with them, until it is killed
+        keeps -= 1
+        if not keeps:
+            time.sleep(600)
+        continue
+    assert queue.finish(entry.id, sys.argv[2], [], 0.0)
+"""
+
+
+def worker(url: str, name: str, keeps: int = 0) -> subprocess.Popen[str]:
+    """A process that takes jobs as soon as its input ends."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, url, name, str(keeps)], cwd=Path(__file__).parents[1], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_processes_take_each_job_once_and_those_of_one_that_was_killed_after_its_lease(url: str) -> None:
+    queue = Queue(url)
+    ids = {queue.submit({"prompt": str(n)}, user=f"u{n % 3}").id for n in range(40)}
+    workers = [worker(url, "dead", keeps=3), worker(url, "a"), worker(url, "b"), worker(url, "c")]
+    assert all(each.stdout.readline() == "ready\n" for each in workers)
+    dead, *alive = workers
+    dead.stdin.close()
+    lost = [dead.stdout.readline().strip() for _ in range(3)]
+    dead.kill()
+    dead.wait(30)
+    taken = [line for each in alive for line in each.communicate("\n", timeout=60)[0].split()]
+    assert all(each.returncode == 0 for each in alive)
+    assert len(taken) == len(set(taken)) and ids - set(lost) <= set(taken) <= ids
+    while (entry := queue.claim("late")) is not None or queue.counts()["running"]:
+        if entry is None:
+            time.sleep(0.1)  # until the lease ends
+            continue
+        assert entry.id in lost and queue.finish(entry.id, "late", [], 0.0)
+        taken.append(entry.id)
+    assert sorted(taken) == sorted(ids) and queue.counts()["done"] == 40
+    assert {id for id in ids if queue.get(id).crashes} == set(lost), "the killed one's were lost once"
+    queue.close()
+
+
+def test_servers_that_begin_together_make_the_tables_once(url: str) -> None:
+    if url.startswith("postgresql"):
+        engine = open_database(url)
+        Base.metadata.drop_all(engine)
+        engine.dispose()
+    errors: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            open_database(url).dispose()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=begin) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    queue = Queue(url)
+    assert queue.submit({"prompt": "a"}).state == "queued"
+    queue.close()
+
+
+def test_a_queue_of_before_gets_its_new_index(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'queue.db'}"
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX jobs_to_begin")
+    engine.dispose()
+    engine = open_database(url)
+    assert "jobs_to_begin" in {index["name"] for index in inspect(engine).get_indexes("jobs")}
+    engine.dispose()
+
+
+def test_taking_a_job_looks_at_few_of_many_that_wait(url: str) -> None:
+    queue = Queue(url)
+    with Session(queue._engine) as session, session.begin():
+        for n in range(3000):
+            session.add(JobRow(id=f"{n:032x}", user=f"u{n % 4}", state="queued", priority=n % 2, job={}, created=0.0))
+    with queue._engine.begin() as connection:
+        connection.exec_driver_sql("ANALYZE")
+        statements = [turns(1, 1e12), turns(1, 1e12, {"u1"})]
+        for statement in statements:
+            text = statement.compile(queue._engine, compile_kwargs={"literal_binds": True})
+            explain = "EXPLAIN QUERY PLAN" if url.startswith("sqlite") else "EXPLAIN"
+            plan = "\n".join(str(row) for row in connection.exec_driver_sql(f"{explain} {text}"))
+            assert "Seq Scan on jobs" not in plan and "SCAN jobs" not in plan, plan
+    order = [queue.claim("w") for _ in range(8)]
+    assert [(entry.user, entry.seq) for entry in order] == sorted(
+        ((entry.user, entry.seq) for entry in order), key=lambda pair: pair[1]
+    ), "users in turn, the oldest first"
+    assert {entry.priority for entry in order} == {1} and {entry.user for entry in order} == {"u1", "u3"}
+    assert queue.claim("w", leave={"u1", "u3"}).priority == 0
+    queue.close()

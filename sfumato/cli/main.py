@@ -33,6 +33,7 @@ COMMANDS = {  # name: (what it does, an example)
         "draw a table of pictures that vary along axes",
         '--x sampler=euler,heun --y steps=2,5,10 --prompt "a cat"',
     ),
+    "batch": ("draw every row of a table, exactly once", "prompts.parquet out/ --steps 20"),
     "serve": ("draw for many users at once over HTTP", "--port 7861 --data served/"),
     "replay": ("draw a saved picture again and compare", "outputs/txt2img-samples/samples/00000.png"),
     "watermark": ("write an invisible mark into a picture, or read it", 'write a.png b.png --text "mine"'),
@@ -62,8 +63,8 @@ COMMANDS = {  # name: (what it does, an example)
 }
 EXIT_CODES = {
     0: "done",
-    1: "done, and something is not well: pixels differ (replay), pictures are broken (augment, data check), the test "
-    "picture is wrong (doctor)",
+    1: "done, and something is not well: pixels differ (replay), pictures are broken (augment, data check), rows "
+    "failed (batch), the test picture is wrong (doctor)",
     BAD_INPUT: "not done, or not all of it: what was asked for cannot be, and one line says why",
     STOPPED: "stopped by Ctrl-C; what was finished is kept",
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import CTE, ColumnElement, Select, delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
@@ -69,17 +69,32 @@ def _entry(row: JobRow) -> Entry:
     return Entry(**own, results=tuple(file.sha256 for file in row.files if file.out))
 
 
-def best(now: float, leave: Collection[str] = ()) -> Select[JobRow]:
-    """The job to draw next: of the highest priority; of the user with the fewest at work; the oldest.
+def ready(now: float, leave: Collection[str] = ()) -> list[ColumnElement[bool]]:
+    """What a job must be to be begun: it waits, its time has come, and its user is none of those in `leave`."""
+    found: list[ColumnElement[bool]] = [JobRow.state == QUEUED, JobRow.after <= now]
+    return [*found, JobRow.user.not_in(leave)] if leave else found
 
-    None of the users in `leave`.
-    """
+
+def waiting_users(priority: int) -> CTE:
+    """The users with waiting jobs of a priority. By the index from one to the next, however many jobs each has."""
+    jobs = (JobRow.state == QUEUED, JobRow.priority == priority)
+    users = select(func.min(JobRow.user).label("user")).where(*jobs).cte("users", recursive=True)
     other = aliased(JobRow)
-    at_work = select(func.count(other.seq)).where(other.state == RUNNING, other.user == JobRow.user).scalar_subquery()
-    waiting = select(JobRow).where(JobRow.state == QUEUED, JobRow.after <= now)
-    if leave:
-        waiting = waiting.where(JobRow.user.not_in(leave))
-    return waiting.order_by(JobRow.priority.desc(), at_work, JobRow.seq).limit(1)
+    following = select(func.min(other.user)).where(
+        other.state == QUEUED, other.priority == priority, other.user > users.c.user
+    )
+    return users.union_all(select(following.scalar_subquery()).where(users.c.user.is_not(None)))
+
+
+def turns(priority: int, now: float, leave: Collection[str] = ()) -> Select[str]:
+    """The users who have jobs of a priority to begin: those with the fewest at work first, then the oldest job's."""
+    users = waiting_users(priority)
+    own = JobRow.user == users.c.user
+    at_work = select(func.count(JobRow.seq)).where(JobRow.state == RUNNING, own).scalar_subquery()
+    oldest = select(func.min(JobRow.seq)).where(*ready(now), JobRow.priority == priority, own).scalar_subquery()
+    found = select(users.c.user, at_work.label("at_work"), oldest.label("oldest")).subquery()
+    wanted = select(found.c.user).where(found.c.oldest.is_not(None)).order_by(found.c.at_work, found.c.oldest)
+    return wanted.where(found.c.user.not_in(leave)) if leave else wanted
 
 
 class Queue:
@@ -143,7 +158,7 @@ class Queue:
             self._expire(session, JobRow.lease < now)
             if session.get(FlagRow, PAUSED) is not None:
                 return None
-            row = session.scalars(best(now, leave).with_for_update(skip_locked=True, of=JobRow)).first()
+            row = self._next(session, now, leave)
             if row is None:
                 return None
             row.state, row.worker, row.lease, row.started = RUNNING, worker, now + self.lease, now
@@ -157,7 +172,8 @@ class Queue:
         Those are the ones that were cancelled, and the ones whose lease was lost meanwhile.
         """
         with Session(self._engine) as session, session.begin():
-            rows = session.scalars(select(JobRow).where(JobRow.worker == worker, JobRow.state == RUNNING)).all()
+            mine = select(JobRow).where(JobRow.worker == worker, JobRow.state == RUNNING).order_by(JobRow.seq)
+            rows = session.scalars(mine.with_for_update(of=JobRow)).all()  # that no other takes one up meanwhile
             now, ending = self._now(session), set(progress)
             for row in rows:
                 row.lease = now + self.lease
@@ -304,6 +320,22 @@ class Queue:
         if self._engine.dialect.name == "sqlite":
             return time.time()
         return float(session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
+
+    def _next(self, session: Session, now: float, leave: Collection[str]) -> JobRow | None:
+        """The job to draw next, locked: of the highest priority; of the user with the fewest at work; the oldest.
+
+        Jobs that another process is about to take are passed over.
+        """
+        first = select(JobRow.priority).where(*ready(now, leave)).order_by(JobRow.priority.desc()).limit(1)
+        top = session.scalar(first)
+        while top is not None:
+            for user in session.scalars(turns(top, now, leave)).all():
+                wanted = select(JobRow).where(*ready(now), JobRow.priority == top, JobRow.user == user)
+                wanted = wanted.order_by(JobRow.seq).limit(1).with_for_update(skip_locked=True, of=JobRow)
+                if (row := session.scalars(wanted).first()) is not None:
+                    return row
+            top = session.scalar(first.where(JobRow.priority < top))
+        return None
 
     def _row(self, session: Session, id: str, user: str | None, lock: bool = False) -> JobRow | None:
         if not ID.fullmatch(id):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Engine, ForeignKey, Index, UniqueConstraint, create_engine, event
+from sqlalchemy import JSON, Engine, ForeignKey, Index, UniqueConstraint, create_engine, event, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.pool import ConnectionPoolEntry
 
 BUSY_SECONDS = 30  # how long a writer waits for another
+MAKING = 0x5FA70  # the lock of PostgreSQL's that whoever makes the tables takes
 
 
 class Base(DeclarativeBase):
@@ -27,6 +28,7 @@ class JobRow(Base):
     __table_args__ = (
         UniqueConstraint("user", "key"),
         Index("jobs_by_state", "state", "user"),
+        Index("jobs_to_begin", "state", "priority", "user", "seq"),
         Index("jobs_by_lease", "state", "lease"),
         Index("jobs_by_user", "user", "seq"),
     )
@@ -84,7 +86,12 @@ def open_database(url: str) -> Engine:
     if sqlite:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # which cannot make one table for two servers that begin together
+            connection.execute(select(func.pg_advisory_xact_lock(MAKING)))
+        Base.metadata.create_all(connection)
+        for index in (index for table in Base.metadata.tables.values() for index in table.indexes):
+            index.create(connection, checkfirst=True)  # also where the tables are older than it
     return engine
 
 

@@ -1,0 +1,1 @@
+"""Many pictures from a table: each row a Job, drawn exactly once, however often the run is ended and begun again."""
