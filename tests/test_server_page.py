@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
@@ -31,7 +32,11 @@ from sfumato.server.keys import Keys, Limits, User  # noqa: E402
 from sfumato.server.page.form import drawing_of, flattened, form_of, job_of, with_lora, with_word  # noqa: E402
 from sfumato.server.page.mounting import mount  # noqa: E402
 from sfumato.server.page.watching import Sight, found, watched  # noqa: E402
+from sfumato.server.queue import Entry  # noqa: E402
 from sfumato.types import Hires, Job  # noqa: E402
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 ANYBODY = User(LOCAL, Limits())
 
@@ -295,3 +300,110 @@ def test_in_a_browser(url: str, desk: Desk) -> None:
         strangers = [each for each in asked if not each.startswith((url, "data:", "blob:"))]
         assert strangers == []
         browser.close()
+
+
+@contextmanager
+def browsing(url: str) -> Iterator[Page]:
+    """A page of the server in a browser without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(f"{url}/page/")
+        page.locator("#prompt textarea").wait_for()
+        yield page
+        browser.close()
+
+
+def over(desk: Desk, prompt: str) -> Entry:
+    """The newest job with a prompt, once it is over."""
+    for _ in range(600):
+        found = [entry for entry in desk.queue.page(limit=5) if entry.job["prompt"] == prompt]
+        if found and found[0].state in ("done", "failed", "cancelled"):
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(found)
+
+
+@pytest.mark.services
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_mask_is_brushed_in_a_browser(url: str, desk: Desk, tmp_path: Path) -> None:
+    before = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(before).save(tmp_path / "ground.png")
+    with browsing(url) as page:
+        page.locator("#prompt textarea").fill("brushed")
+        page.get_by_role("tab", name="Inpaint").click()
+        with page.expect_file_chooser() as chooser:
+            page.locator("#editor").get_by_role("button", name="Upload", exact=True).click()
+        chooser.value.set_files(tmp_path / "ground.png")
+        canvas = page.locator("#editor canvas").first
+        canvas.wait_for()
+        page.wait_for_timeout(4000)  # the editor lays the picture out anew
+        page.locator("#editor").get_by_role("button", name="Brush", exact=True).click()
+        box = canvas.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        for down in (-0.1, 0.0, 0.1):  # strokes across the left of the picture, which lies in the middle
+            page.mouse.move(box["x"] + box["width"] * 0.42, middle + down * box["height"])
+            page.mouse.down()
+            page.mouse.move(box["x"] + box["width"] * 0.48, middle + down * box["height"], steps=8)
+            page.mouse.up()
+        page.wait_for_timeout(1000)
+        page.locator("#draw").click()
+        entry = over(desk, "brushed")
+        assert entry.state == "done", entry.error
+        page.locator("#message", has_text="drawn in").wait_for()
+    mask = np.asarray(desk.stores.find(entry.job["mask"]).pixels)[..., 0]
+    kept = np.asarray(desk.stores.find(entry.job["image"]).pixels)
+    assert np.array_equal(kept, before), "the picture goes in as it was dropped"
+    assert 0 < (mask == 255).mean() < 0.9 and set(np.unique(mask)) == {0, 255}
+    after, _ = load_png(desk.stores.results.path(entry.results[0]))
+    assert np.array_equal(after[mask == 0], before[mask == 0]) and not np.array_equal(after, before)
+
+
+@pytest.mark.services
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_progress_is_live_and_a_running_job_is_cancelled_in_a_browser(url: str, desk: Desk) -> None:
+    with browsing(url) as page:
+        page.locator("#prompt textarea").fill("a long one")
+        page.get_by_text("Advanced", exact=True).click()
+        page.get_by_label("Steps", exact=True).fill("150")
+        page.get_by_label("Pictures", exact=True).first.fill("60")
+        page.locator("#draw").click()
+        page.wait_for_function("() => document.querySelector('#message progress')?.value > 0")
+        first = page.evaluate("document.querySelector('#message progress').value")
+        page.wait_for_function(f"() => document.querySelector('#message progress')?.value > {first}")
+        page.locator("#cancel").click()
+        page.locator("#message", has_text="cancelled").wait_for()
+        entry = over(desk, "a long one")
+        assert entry.state == "cancelled" and entry.done < entry.total == 9000
+        assert page.locator("#draw").is_enabled()
+
+
+DROP = """([name, text]) => {
+  const bytes = Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+  const data = new DataTransfer();
+  data.items.add(new File([bytes], name, {type: 'image/png'}));
+  const target = document.querySelector('#recipe button') ?? document.querySelector('#recipe');
+  for (const kind of ['dragenter', 'dragover', 'drop'])
+    target.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}));
+}"""
+
+
+@pytest.mark.services
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_dropped_picture_fills_the_form_in_a_browser(url: str, desk: Desk, tmp_path: Path) -> None:
+    result = desk.pipeline.draw(Job("a dropped cup", "rain", seed=6, steps=2))
+    save_png(tmp_path / "cup.png", result.images[0], recipe(result, 0))
+    with browsing(url) as page:
+        page.get_by_text("Recipe of a picture", exact=True).click()
+        page.locator("#recipe").wait_for(state="visible")
+        text = base64.b64encode((tmp_path / "cup.png").read_bytes()).decode("ascii")
+        page.evaluate(DROP, ["cup.png", text])
+        page.locator("#message", has_text="the recipe is in the form").wait_for()
+        assert page.locator("#prompt textarea").input_value() == "a dropped cup"
+        assert page.locator("#negative textarea, #negative input").first.input_value() == "rain"
+        page.locator("#draw").click()
+        entry = over(desk, "a dropped cup")
+    assert (entry.state, entry.job["seed"], entry.job["steps"]) == ("done", 6, 2)
+    assert np.array_equal(load_png(desk.stores.results.path(entry.results[0]))[0], result.images[0])

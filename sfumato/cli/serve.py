@@ -6,11 +6,19 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.protecting import Protecting, add_protecting_flags
+from sfumato.safety.checking import Checked
+from sfumato.types import Job, Result
 
 INSTALL = 'pip install "sfumato[serve]"'
 INSTALL_PAGE = 'pip install "sfumato[page]"'
@@ -34,9 +42,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--grace", type=float, default=10.0, metavar="S", help="s for what is at work at the end (default: %(default)s)"
     )
     add("--keep", type=float, default=30.0, metavar="DAYS", help="days that results are kept (default: %(default)s)")
+    add("--ray", action="store_true", help="serve with replicas on a Ray cluster: that of $RAY_ADDRESS, else one here")
+    add("--replicas", metavar="N", help="engines of --ray: a number, or a range such as 1-4 by the queue (default: 1)")
     add("--no-page", dest="page", action="store_false", help="only the APIs, no web page")
     add_model_flags(parser)
     add_device_flags(parser)
+    add_protecting_flags(parser)
     beside = parser.add_subparsers(title="beside", metavar="keys | pause | resume", dest="beside")
     keys = beside.add_parser("keys", help="who may draw: add NAME, remove NAME, list")
     keys.add_argument("act", choices=["add", "remove", "list"])
@@ -98,33 +109,86 @@ def _pause(args: argparse.Namespace) -> int:
     return 0
 
 
+class Guard:
+    """What --safety, --refuse-words, --watermark and --sign ask for, as the server wants it (server/protecting.py)."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.own = Protecting(args)
+
+    @property
+    def hides(self) -> bool:
+        """Whether flagged pictures are not shown as they were drawn."""
+        return self.own.policy in ("blur", "withhold")
+
+    def check_order(self, job: Job, width: int, height: int) -> None:
+        """ValueError where a complete job's prompts are refused, or its pictures have no room for the mark."""
+        self.own.check_prompts([job.prompt, *([] if job.hires is None else [job.hires.prompt or ""])])
+        self.own.check_size(height, width)
+
+    def protected(self, result: Result, alive: Callable[[], None]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Each picture (H, W, 3) uint8 looked at, marked and signed, with its recipe."""
+        found = []
+        for image in result.images:
+            found.append(self.own.shown(replace(result, images=image[None])))
+            alive()
+        images = np.concatenate([each.result.images for each in found])
+        verdicts = tuple(verdict for each in found for verdict in each.verdicts)
+        whole = Checked(replace(result, images=images), verdicts, self.own.policy)
+        for index in range(len(images)):
+            yield self.own.finished(whole, index)
+
+
 def _serve(args: argparse.Namespace) -> int:
     import uvicorn
 
-    from sfumato.server import a1111, openai
-    from sfumato.server.app import check_bind, create_app
-    from sfumato.server.desk import Desk, Settings
-    from sfumato.server.gate import is_loopback
+    from sfumato.server.app import check_bind
     from sfumato.server.keys import Keys
-    from sfumato.server.logs import set_up_logs
 
     check_bind(args.host, Keys(args.data / "keys.json"))
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"max-rows={args.max_rows}: 1 or more are needed")
+    if args.ray:
+        return _serve_on_ray(args)
+    if args.replicas is not None:
+        raise ValueError(f"replicas={args.replicas}: they are of --ray")
+    uvicorn.run(
+        application_of(args), host=args.host, port=args.port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=5, timeout_keep_alive=30, limit_concurrency=1000,
+    )  # fmt: skip
+    return 0
+
+
+def _serve_on_ray(args: argparse.Namespace) -> int:
+    from sfumato.server import cluster
+
+    scale = cluster.read_scale(args.replicas or "1")
+    cluster.check_database(args.database)
+    args.data = args.data.absolute()  # replicas begin in folders of their own
+    args.page = False  # its sessions live in one process
+    cluster.run(partial(application_of, args), scale, args.host, args.port, args.device, args.grace)
+    return 0
+
+
+def application_of(args: argparse.Namespace) -> Any:
+    """The FastAPI application that the flags ask for, with its desk open. Called in the process that draws."""
+    from sfumato.server import a1111, controlnet, openai
+    from sfumato.server.app import create_app
+    from sfumato.server.desk import Desk, Settings
+    from sfumato.server.gate import is_loopback
+    from sfumato.server.logs import set_up_logs
+
+    protecting = Guard(args)
     set_up_logs()
     pipeline = load(args, args.device, args.precision)
     if args.max_rows is not None:
         pipeline.engine.max_rows = args.max_rows
     settings = Settings(args.data, args.database, args.deterministic, args.max_rows, keep=args.keep * 24 * 3600)
-    desk = Desk(pipeline, settings)
-    app = create_app(desk, routers=[a1111.router, openai.router], only_local=is_loopback(args.host), grace=args.grace)
+    desk = Desk(pipeline, settings, protecting)
+    doors = [a1111.router, controlnet.router, openai.router]
+    app = create_app(desk, routers=doors, only_local=is_loopback(args.host), grace=args.grace)
     if args.page:
         _add_page(app, desk)
-    uvicorn.run(
-        app, host=args.host, port=args.port, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=5, timeout_keep_alive=30, limit_concurrency=1000,
-    )  # fmt: skip
-    return 0
+    return app
 
 
 def _add_page(app: Any, desk: Any) -> None:

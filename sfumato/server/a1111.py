@@ -5,7 +5,6 @@ Source: the routes of A1111's web UI 1.10.1. Errors are {"error", "detail", "err
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -21,19 +20,22 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.images import RECIPE_KEY, UPSCALERS
 from sfumato.server.a1111_jobs import Drawing, inline, job_of, over_picture, with_second_pass
+from sfumato.server.a1111_units import controls_of, units_of
 from sfumato.server.app import DeskOf, UserOf
 from sfumato.server.desk import Desk
+from sfumato.server.hints import hint_of
 from sfumato.server.infotext import KEY, infotext, label_of, parsed
 from sfumato.server.keys import User
-from sfumato.server.orders import MAX_PICTURE_PIXELS, check_picture, keep_picture
-from sfumato.server.queue import DONE, FAILED, OVER, Entry
-from sfumato.server.worker import png_of
+from sfumato.server.orders import MAX_PICTURE_PIXELS, check_picture, keep_picture, picture_bytes
+from sfumato.server.queue import DONE, Entry
+from sfumato.server.waiting import finished
+from sfumato.server.words import ForeignFailure, failures
+from sfumato.server.worker import PREFIX, png_of
 from sfumato.tasks.checks import LATENT_UPSCALERS, job_from_dict
 from sfumato.tasks.pictures import Pictures
 from sfumato.weights.upscalers import packaged_upscalers
 
-LOOK = 0.05  # s
-router = APIRouter(prefix="/sdapi/v1")
+router = APIRouter(prefix="/sdapi/v1", responses=failures(ForeignFailure))
 SCALE = 4  # what a list of upscalers says of those that have no scale of their own
 
 
@@ -59,26 +61,9 @@ def title_of(desk: Desk) -> str:
     return f"{model.name} [{model.hash[:10]}]"
 
 
-async def _drawn(desk: Desk, user: User, plain: dict[str, Any]) -> Entry:
-    """A job, once it is over."""
-    entry = await run_in_threadpool(desk.submit, plain, user)
-    while entry.state not in OVER:
-        if desk.closing:
-            raise HTTPException(503, "the server is ending; the job waits in the queue")
-        await asyncio.sleep(LOOK)
-        if desk.worker.ticket(entry.id) is None:
-            found = await run_in_threadpool(desk.queue.get, entry.id)
-            if found is None:
-                raise HTTPException(404, "the job is gone")
-            entry = found
-    if entry.state == FAILED:
-        raise HTTPException(500 if entry.field is None else 422, entry.error or "the job failed")
-    return entry
-
-
 def _answer(desk: Desk, entry: Entry, asked: Drawing) -> dict[str, Any]:
     """The pictures of a job as A1111 answers them, each with its text inside."""
-    images, texts, seeds = [], [], []
+    images, texts, seeds, verdicts = [], [], [], []
     model = desk.pipeline.model
     recipe: dict[str, Any] = {"job": entry.job, "seed": entry.job.get("seed", 0)}
     for name in entry.results:
@@ -89,6 +74,7 @@ def _answer(desk: Desk, entry: Entry, asked: Drawing) -> dict[str, Any]:
             picture.load()
             recipe = json.loads(picture.info[RECIPE_KEY])
         job = job_from_dict(recipe["job"])
+        verdicts.append(recipe.get("safety"))
         texts.append(infotext(job, recipe["seed"], model.name, model.hash, f"sfumato {__version__}"))
         seeds.append(recipe["seed"])
         images.append(_with_text(picture, {RECIPE_KEY: json.dumps(recipe, ensure_ascii=False), KEY: texts[-1]}))
@@ -103,7 +89,7 @@ def _answer(desk: Desk, entry: Entry, asked: Drawing) -> dict[str, Any]:
         "batch_size": asked.batch_size, "sd_model_name": model.name, "sd_model_hash": model.hash[:10],
         "denoising_strength": job.strength, "extra_generation_params": {}, "index_of_first_image": 0,
         "infotexts": texts, "styles": [], "clip_skip": job.clip_skip or 1, "version": f"sfumato {__version__}",
-        "interrupted": entry.state != DONE,
+        "interrupted": entry.state != DONE, "safety": verdicts,
     }  # fmt: skip
     echo = asked.model_dump()
     if not asked.include_init_images:
@@ -126,7 +112,7 @@ async def txt2img(asked: Drawing, desk: DeskOf, user: UserOf) -> dict[str, Any]:
     """Draw from words."""
     _check_model((asked.override_settings or {}).get("sd_model_checkpoint"), desk)
     plain = with_second_pass(job_of(asked, desk.options(user)), asked)
-    return await run_in_threadpool(_answer, desk, await _drawn(desk, user, plain), asked)
+    return await _answered(asked, plain, desk, user)
 
 
 @router.post("/img2img")
@@ -137,7 +123,26 @@ async def img2img(asked: Drawing, desk: DeskOf, user: UserOf) -> dict[str, Any]:
     _check_model((asked.override_settings or {}).get("sd_model_checkpoint"), desk)
     mask = None if asked.mask is None else inline(asked.mask)
     plain = over_picture(job_of(asked, desk.options(user)), asked, inline(asked.init_images[0]), mask)
-    return await run_in_threadpool(_answer, desk, await _drawn(desk, user, plain), asked)
+    return await _answered(asked, plain, desk, user)
+
+
+async def _answered(asked: Drawing, plain: dict[str, Any], desk: Desk, user: User) -> dict[str, Any]:
+    """The pictures of a job with a request's ControlNet units; of an interrupted one there are none."""
+    controls = await run_in_threadpool(_controls, asked, plain.get("image"), desk)
+    entry = await finished(desk, user, plain | controls)
+    return await run_in_threadpool(_answer, desk, entry, asked)
+
+
+def _controls(asked: Drawing, image: str | None, desk: Desk) -> dict[str, Any]:
+    """The controls that a request's units ask for; {} without any."""
+
+    def hint(picture: str, annotator: str, options: dict[str, float], side: int) -> str:
+        pixels = keep_picture(picture_bytes(picture), desk.stores)[1].pixels
+        made = hint_of(desk.service, pixels, annotator, options, side)
+        return PREFIX + desk.stores.pictures.put(png_of(made))
+
+    units = units_of(asked.alwayson_scripts or {})
+    return {"controls": controls_of(units, desk.pipeline.extras.shelf, image, hint)} if units else {}
 
 
 @router.get("/progress")
@@ -261,8 +266,9 @@ def nothing(desk: DeskOf, user: UserOf) -> list[Any]:
 
 @router.get("/scripts")
 def scripts(desk: DeskOf, user: UserOf) -> dict[str, list[str]]:
-    """There are no scripts."""
-    return {"txt2img": [], "img2img": []}
+    """There is ControlNet, and nothing else; by its second name webuiapi knows that it must say when no unit is on."""
+    names = ["controlnet", "controlnet m2m"]
+    return {"txt2img": names, "img2img": names}
 
 
 @router.get("/cmd-flags")
@@ -282,7 +288,7 @@ def refresh(desk: DeskOf, user: UserOf) -> None:
 @router.post("/png-info")
 def png_info(asked: OnePicture, desk: DeskOf, user: UserOf) -> dict[str, Any]:
     """What a picture says of itself."""
-    content = _bytes(asked.image)
+    content = picture_bytes(asked.image)
     check_picture(content)
     with Image.open(io.BytesIO(content)) as picture:
         items = {name: value for name, value in picture.info.items() if isinstance(value, str)}
@@ -293,7 +299,7 @@ def png_info(asked: OnePicture, desk: DeskOf, user: UserOf) -> dict[str, Any]:
 @router.post("/extra-single-image")
 def extra_single_image(asked: Extra, desk: DeskOf, user: UserOf) -> dict[str, str]:
     """Enlarge a picture, `upscaling_resize` times or to a size within `upscaling_resize_w` x `upscaling_resize_h`."""
-    _, picture = keep_picture(_bytes(asked.image), desk.stores)
+    _, picture = keep_picture(picture_bytes(asked.image), desk.stores)
     known = {"None": "nearest", **{name: name for name in (*UPSCALERS, *packaged_upscalers())}}
     upscaler = known.get(asked.upscaler_1) or known.get(asked.upscaler_1.lower())
     if upscaler is None:
@@ -309,12 +315,3 @@ def extra_single_image(asked: Extra, desk: DeskOf, user: UserOf) -> dict[str, st
     studio = desk.pipeline.studio(Pictures())
     found = desk.service.between(lambda: studio.enlarged(picture.pixels[None], *size, upscaler)[0])
     return {"image": base64.b64encode(png_of(found)).decode("ascii"), "html_info": ""}
-
-
-def _bytes(picture: str) -> bytes:
-    """The file of a picture in bare base64 or a data: URL."""
-    text = picture.partition(",")[2] if picture.startswith("data:") else picture
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise ValueError("image: not base64") from error

@@ -185,6 +185,8 @@ def _refuse_unknown(asked: Drawing) -> None:
     if asked.script_name:
         raise ValueError(f"script_name={asked.script_name[:80]!r}: there are no scripts here")
     for name, script in (asked.alwayson_scripts or {}).items():
+        if name.lower() == "controlnet":  # a1111_units.py reads it
+            continue
         args = script.get("args") if isinstance(script, dict) else script
         if args not in (None, [], {}, [False]):
             raise ValueError(f"alwayson_scripts={name[:80]!r}: there is no such script here")

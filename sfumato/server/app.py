@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -42,14 +42,6 @@ log = logging.getLogger(__name__)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 router = APIRouter()
 health = APIRouter()
-FAILURES: dict[int | str, dict[str, Any]] = {
-    status: {"model": words.Failure, "description": description}
-    for status, description in (
-        (400, "not readable"), (401, "a key is needed"), (403, "not from there"), (404, "no such thing"),
-        (409, "the idempotency key was used for another job"), (413, "too much"), (422, "a field is wrong"),
-        (429, "too often, or too many waiting"), (500, "a fault of ours"), (503, "not now"),
-    )
-}  # fmt: skip
 
 
 def desk_of(request: Request) -> Desk:
@@ -109,7 +101,7 @@ def submit(
         raise ValueError(f"model={model[:80]!r}: there is {desk.model_name!r}")
     if desk.closing:
         raise HTTPException(503, "the server is ending", {"Retry-After": "5"})
-    return view(desk.submit(said, user, priority, idempotency_key))
+    return view(desk.submit(said, user, priority, idempotency_key), desk.stores.results)
 
 
 @router.get("/v1/jobs")
@@ -122,7 +114,8 @@ def jobs(
 ) -> words.JobList:
     """One's jobs, newest first, in pages."""
     found = desk.queue.page(user.name, state, before, limit)
-    return words.JobList(jobs=[view(entry) for entry in found], next=found[-1].seq if len(found) == limit else None)
+    listed = [view(entry, desk.stores.results) for entry in found]
+    return words.JobList(jobs=listed, next=found[-1].seq if len(found) == limit else None)
 
 
 @router.get("/v1/jobs/{id}")
@@ -132,7 +125,8 @@ def job(id: str, desk: DeskOf, user: UserOf) -> words.JobView:
     if entry is None:
         raise HTTPException(404, "there is no such job")
     ticket = desk.worker.ticket(id)
-    return view(entry) if ticket is None else view(entry, ticket.done, ticket.total)
+    done, total = (None, None) if ticket is None else (ticket.done, ticket.total)
+    return view(entry, desk.stores.results, done, total)
 
 
 @router.get("/v1/jobs/{id}/events", response_class=StreamingResponse)
@@ -150,7 +144,7 @@ def cancel(id: str, desk: DeskOf, user: UserOf) -> words.JobView:
     entry = desk.cancel(id, user)
     if entry is None:
         raise HTTPException(404, "there is no such job")
-    return view(entry)
+    return view(entry, desk.stores.results)
 
 
 @router.post("/v1/pictures", status_code=201, openapi_extra={
@@ -238,7 +232,12 @@ def create_app(
         await run_in_threadpool(desk.close, grace)
 
     app = FastAPI(
-        title="Sfumato", version=__version__, lifespan=life, docs_url=None, redoc_url=None, responses=FAILURES
+        title="Sfumato",
+        version=__version__,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses=words.failures(words.Failure),
     )
     app.state.desk, app.state.metrics = desk, Metrics(desk.queue, desk.service)
     app.state.began = int(time.time())
@@ -280,7 +279,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _wrong_value(request: Request, error: Exception) -> Response:
     assert isinstance(error, ValueError)
     status = 409 if isinstance(error, Conflict) else 429 if isinstance(error, Full) else 422
-    return _said(request, status, desk_of(request).worker.plain(str(error)), field_of(error))
+    headers = {"Retry-After": "5"} if isinstance(error, Full) else None
+    return _said(request, status, desk_of(request).worker.plain(str(error)), field_of(error), headers)
 
 
 async def _no_queue(request: Request, error: Exception) -> Response:
@@ -297,7 +297,7 @@ def _said(
     request: Request, status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
     """What is wrong, in the words of the door that was knocked at."""
-    if request.url.path.startswith("/sdapi/"):
+    if request.url.path.startswith(("/sdapi/", "/controlnet/")):
         return foreign_problem(status, message, headers)
     if request.url.path.startswith("/v1/images/"):
         status, content = failure(status, message, field)

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from sfumato.pipeline import Pipeline
 from sfumato.server.keys import Keys, Limits, Meter, User
 from sfumato.server.orders import order_from
+from sfumato.server.protecting import Protector
 from sfumato.server.queue import Entry, Queue
 from sfumato.server.service import Service
 from sfumato.server.store import Store
@@ -40,10 +41,13 @@ class Settings:
 
 
 class Desk:
-    """One model's pictures for many users. Jobs that were at work when the last process died are drawn again."""
+    """One model's pictures for many users. Jobs that were at work when the last process died are drawn again.
 
-    def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
-        self.settings, self.pipeline = settings, pipeline
+    `protector` treats pictures before they are kept; None: they are kept as they are drawn.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings, protector: Protector | None = None) -> None:
+        self.settings, self.pipeline, self.protector = settings, pipeline, protector
         pipeline.extras.shelf = Shelf(pipeline.extras.shelf.folders, paths=False)  # requests name no paths
         data = settings.data
         data.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,9 @@ class Desk:
         if self._lock is not None and (number := self.queue.recover()):
             log.info("%d jobs were at work when the last process ended; they are drawn again", number)
         self.service = Service(pipeline, deterministic=settings.deterministic, rows=settings.rows)
-        self.worker = Worker(self.queue, self.service, self.stores, settings.keep)
+        if protector is not None and protector.hides:
+            self.service.preview = None  # nobody has looked at what a preview shows
+        self.worker = Worker(self.queue, self.service, self.stores, settings.keep, protector)
         self._options: dict[str, dict[str, Any]] = {}
         self.closing = False
 
@@ -65,6 +71,8 @@ class Desk:
     def submit(self, plain: Mapping[str, Any], user: User, priority: int = 0, key: str | None = None) -> Entry:
         """Accept a job in plain JSON. ValueError names the field; Conflict and Full are such too."""
         order = order_from(dict(plain), self.pipeline, self.stores, user.limits)
+        if self.protector is not None:
+            self.protector.check_order(order.job, *order.size)
         entry = self.queue.submit(order.plain, user.name, priority, key, order.files, user.limits.waiting)
         self.worker.poke()
         return entry

@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from sfumato.server.desk import Desk
 from sfumato.server.queue import OVER, Entry
+from sfumato.server.store import Store
 from sfumato.server.ticket import Ticket
 from sfumato.server.words import view
 from sfumato.server.worker import png_of
@@ -42,7 +43,7 @@ async def events(desk: Desk, id: str, previews: bool) -> AsyncIterator[bytes]:
             entry = await run_in_threadpool(desk.queue.get, id)
             if entry is None:
                 return
-            found += _state(entry, told)
+            found += await run_in_threadpool(_state, entry, desk.stores.results, told)
             if entry.state in OVER:
                 yield b"".join(found)
                 return
@@ -63,11 +64,11 @@ async def events(desk: Desk, id: str, previews: bool) -> AsyncIterator[bytes]:
         await asyncio.sleep(LOOK if ticket is not None else QUEUE_LOOK)
 
 
-def _state(entry: Entry, told: dict[str, Any]) -> list[bytes]:
+def _state(entry: Entry, results: Store, told: dict[str, Any]) -> list[bytes]:
     if told.get("state") == entry.state:
         return []
     told["state"] = entry.state
-    return [event("state", view(entry).model_dump())]
+    return [event("state", view(entry, results).model_dump())]
 
 
 def _progress(done: int, total: int, told: dict[str, Any]) -> list[bytes]:

@@ -25,17 +25,19 @@ from sfumato.server.openai_jobs import Asked, job_of, over_picture, variation
 from sfumato.server.orders import keep_picture
 from sfumato.server.queue import Entry
 from sfumato.server.waiting import drawn
+from sfumato.server.words import OpenaiFailure, Verdict, drawing, failures
 
 JPEG_QUALITY = 100  # OpenAI's own, where output_compression says nothing
 TEXT = 256 * 1024  # bytes of a part that is no file
-router = APIRouter(prefix="/v1/images")
+router = APIRouter(prefix="/v1/images", responses=failures(OpenaiFailure))
 
 
 class Drawing(BaseModel):
-    """One picture: in base64, or where it is."""
+    """One picture: in base64, or where it is. `safety` is ours: what the server's checker said, where it has one."""
 
     b64_json: str | None = None
     url: str | None = None
+    safety: Verdict | None = None
 
 
 class Drawings(BaseModel):
@@ -47,13 +49,21 @@ class Drawings(BaseModel):
     size: str
 
 
+def form_of(*files: str) -> dict[str, Any]:
+    """A multipart body for the document: the fields of Asked, and files of which the first is needed."""
+    own = Asked.model_json_schema()
+    parts = {name: {"type": "string", "format": "binary"} for name in files}
+    schema = {**own, "properties": {**own["properties"], **parts}, "required": [files[0]]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 @router.post("/generations")
 async def generations(asked: Asked, request: Request, desk: DeskOf, user: UserOf) -> Drawings:
     """Draw from words."""
     return await _answered(asked, _job(asked, desk), request, desk, user)
 
 
-@router.post("/edits", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {}}}})
+@router.post("/edits", openapi_extra=form_of("image", "mask"))
 async def edits(request: Request, desk: DeskOf, user: UserOf) -> Drawings:
     """Draw over a picture: where the mask is transparent, else where the picture is, else all of it."""
     asked, files = await _form(request)
@@ -64,7 +74,7 @@ async def edits(request: Request, desk: DeskOf, user: UserOf) -> Drawings:
     return await _answered(asked, job, request, desk, user)
 
 
-@router.post("/variations", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {}}}})
+@router.post("/variations", openapi_extra=form_of("image"))
 async def variations(request: Request, desk: DeskOf, user: UserOf) -> Drawings:
     """Draw a picture again with other noise."""
     asked, files = await _form(request)
@@ -123,10 +133,11 @@ def _drawings(entry: Entry, asked: Asked, base: str, desk: Desk) -> Drawings:
         with Image.open(path) as picture:
             size = f"{picture.width}x{picture.height}"
             content = path.read_bytes() if kind == "png" else _written(picture, kind, asked.output_compression)
+        safety = drawing(sha256, desk.stores.results).safety
         if asked.response_format == "url":
-            found.append(Drawing(url=f"{base}v1/results/{sha256}.png"))
+            found.append(Drawing(url=f"{base}v1/results/{sha256}.png", safety=safety))
         else:
-            found.append(Drawing(b64_json=base64.b64encode(content).decode("ascii")))
+            found.append(Drawing(b64_json=base64.b64encode(content).decode("ascii"), safety=safety))
     return Drawings(created=int(entry.finished or time.time()), data=found, output_format=kind, size=size)
 
 

@@ -24,10 +24,12 @@ from sfumato.images import UPSCALERS, Picture
 from sfumato.images.reading import DAMAGE, KINDS
 from sfumato.pipeline import Pipeline
 from sfumato.prompts.networks import Hypernet, Lora
+from sfumato.server.hints import check_control
 from sfumato.server.keys import Limits
 from sfumato.server.worker import PREFIX, Stores, names_in
 from sfumato.tasks.checks import complete, job_from_dict
 from sfumato.tasks.pictures import PICTURES, Pictures
+from sfumato.tasks.plot import final_size
 from sfumato.tasks.room import check_memory
 from sfumato.tasks.telling import networks_of
 from sfumato.types import Job
@@ -43,11 +45,15 @@ INLINE = re.compile(r"(?:data:image/[a-z0-9.+-]{1,40};)?base64,", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Order:
-    """A job that may be drawn: as plain JSON, complete, and the SHA-256 of the pictures that it names."""
+    """A job that may be drawn: as plain JSON, complete, and the SHA-256 of the pictures that it names.
+
+    `size` is the (width, height) in px of the pictures that it draws.
+    """
 
     plain: dict[str, Any]
     job: Job
     files: tuple[str, ...]
+    size: tuple[int, int]
 
 
 def check_picture(content: bytes, field: str = "image") -> tuple[int, int]:
@@ -75,6 +81,15 @@ def keep_picture(content: bytes, stores: Stores, field: str = "image") -> tuple[
         raise
 
 
+def picture_bytes(text: str, field: str = "image") -> bytes:
+    """The file of a picture in base64: bare, behind "base64,", or a data: URL. ValueError where it is not that."""
+    found = INLINE.match(text)
+    try:
+        return base64.b64decode(text[found.end() :] if found else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{field}: not base64") from error
+
+
 def _named(value: Any, field: str, stores: Stores) -> str:
     """The name "sha256:..." of a picture that a request names or hands in."""
     if not isinstance(value, str):
@@ -82,12 +97,8 @@ def _named(value: Any, field: str, stores: Stores) -> str:
     if found := NAMED.fullmatch(value):
         stores.pictures.touch(found[1])
         return PREFIX + found[1]
-    if found := INLINE.match(value):
-        try:
-            content = base64.b64decode(value[found.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"{field}: not base64") from error
-        return PREFIX + keep_picture(content, stores, field)[0]
+    if INLINE.match(value):
+        return PREFIX + keep_picture(picture_bytes(value, field), stores, field)[0]
     raise ValueError(
         f"{field}={value[:60]!r}: the SHA-256 of a picture that was sent is needed, or 'base64,' and its bytes"
     )
@@ -127,7 +138,8 @@ def order_from(plain: dict[str, Any], pipeline: Pipeline, stores: Stores, limits
     _check_names(job, pipeline.extras.shelf)
     _check_limits(job, shelf.size(job), pipeline.model.family, limits)
     check_memory([job], pipeline.model, shelf, pipeline.tile)
-    return Order(plain, job, tuple(name.removeprefix(PREFIX) for name in pictures))
+    size = final_size(job, pipeline.model, shelf)
+    return Order(plain, job, tuple(name.removeprefix(PREFIX) for name in pictures), size)
 
 
 def _field_of(plain: dict[str, Any], name: str) -> str:
@@ -150,6 +162,7 @@ def _check_names(job: Job, shelf: Shelf) -> None:
         _require("upscaler", job.upscaler, {*UPSCALERS, *packaged_upscalers()})
     for number, control in enumerate(job.controls):
         _require(f"controls[{number}].model", control.model, shelf.files("control"))
+        check_control(control, number, shelf)
     for network in networks_of(job):
         if isinstance(network, Lora):
             _require("prompt: lora", network.name, shelf.files("lora"))

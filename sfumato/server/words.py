@@ -11,7 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic import Field as Note
 
+from sfumato.server.protecting import told_by
 from sfumato.server.queue import Entry
+from sfumato.server.store import Store
 from sfumato.types import Job
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -30,6 +32,30 @@ class Failure(BaseModel):
     error: Problem
 
 
+class ForeignFailure(BaseModel):
+    """The same as A1111 answers it."""
+
+    error: str
+    detail: str
+    body: str = ""
+    errors: str = ""
+
+
+class OpenaiProblem(BaseModel):
+    """What is wrong as OpenAI says it: `param` is the field."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenaiFailure(BaseModel):
+    """The same as OpenAI answers it."""
+
+    error: OpenaiProblem
+
+
 class Progress(BaseModel):
     """Steps behind a job, of all its pictures."""
 
@@ -37,11 +63,33 @@ class Progress(BaseModel):
     total: int
 
 
+class Verdict(BaseModel):
+    """What a checker said of a picture under the server's policy: report, blur or withhold."""
+
+    policy: str
+    flagged: bool
+    scores: dict[str, float]
+    checker: str
+
+
+class Marked(BaseModel):
+    """The invisible mark in a picture."""
+
+    text: str
+    method: str
+
+
 class Drawing(BaseModel):
-    """One picture that was drawn: its SHA-256, and where it is."""
+    """One picture that was drawn: its SHA-256, and where it is.
+
+    `safety` is none where nothing looks at pictures, `signed_by` the public key (base64) of the signature in it.
+    """
 
     sha256: str
     url: str
+    safety: Verdict | None = None
+    watermark: Marked | None = None
+    signed_by: str | None = None
 
 
 class JobView(BaseModel):
@@ -122,17 +170,42 @@ class Health(BaseModel):
     why: str | None = None
 
 
-def view(entry: Entry, done: int | None = None, total: int | None = None) -> JobView:
+def drawing(sha256: str, results: Store) -> Drawing:
+    """A result as it is answered."""
+    told = told_by(results.path(sha256))
+    return Drawing(
+        sha256=sha256, url=f"/v1/results/{sha256}.png", signed_by=told.signed_by,
+        safety=None if told.safety is None else Verdict(**told.safety),
+        watermark=None if told.watermark is None else Marked(**told.watermark),
+    )  # fmt: skip
+
+
+def view(entry: Entry, results: Store, done: int | None = None, total: int | None = None) -> JobView:
     """A job as it is answered; `done` of `total` steps where somebody knows better than the queue."""
     return JobView(
         id=entry.id, cursor=entry.seq, state=typing.cast(State, entry.state), priority=entry.priority,
         created=entry.created, started=entry.started, finished=entry.finished, seconds=entry.seconds,
         attempts=entry.attempts, cancelling=entry.cancelling,
         progress=Progress(done=entry.done if done is None else done, total=entry.total if total is None else total),
-        results=[Drawing(sha256=name, url=f"/v1/results/{name}.png") for name in entry.results],
+        results=[drawing(name, results) for name in entry.results],
         error=None if entry.error is None else Problem(field=entry.field, message=entry.error),
         job=entry.job,
     )  # fmt: skip
+
+
+def failures(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What a door's routes answer where something is wrong, for the document; the gate has our own form for all."""
+    said = (
+        (400, "not readable"), (401, "a key is needed"), (403, "not from there"), (404, "no such thing"),
+        (409, "cancelled, or the idempotency key was used for another job"), (413, "too much"),
+        (422, "a field is wrong"),
+        (429, "too often, or too many waiting: Retry-After says for how long"), (500, "a fault of ours"),
+        (503, "not now: Retry-After says for how long"),
+    )  # fmt: skip
+    return {
+        status: {"model": kind | Failure if status in (403, 413) else kind, "description": description}
+        for status, description in said
+    }
 
 
 @cache

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sfumato.images import Picture, read_picture
 from sfumato.images.files import write_png
 from sfumato.pipeline import recipe
+from sfumato.server.protecting import Protector
 from sfumato.server.queue import Entry, Queue
 from sfumato.server.service import Service
 from sfumato.server.store import Store
@@ -81,10 +82,21 @@ class Stores:
 
 
 class Worker:
-    """Keeps a service fed from a queue, in a thread. `keep` s is how long jobs that are over are remembered."""
+    """Keeps a service fed from a queue, in a thread. `keep` s is how long jobs that are over are remembered.
 
-    def __init__(self, queue: Queue, service: Service, stores: Stores, keep: float = 30 * 24 * HOUR) -> None:
+    What was drawn goes through the `protector`, if there is one, before it is put anywhere.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        service: Service,
+        stores: Stores,
+        keep: float = 30 * 24 * HOUR,
+        protector: Protector | None = None,
+    ) -> None:
         self.queue, self.service, self.stores, self.keep = queue, service, stores, keep
+        self.protector = protector
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._tickets: dict[str, Ticket] = {}
         self._over: deque[tuple[str, Ticket]] = deque()
@@ -199,12 +211,23 @@ class Worker:
 
     def _finish(self, id: str, result: Result, steps: int) -> None:
         try:
-            names = [self.stores.results.put(png_of(image, recipe(result, n))) for n, image in enumerate(result.images)]
-        except (OSError, MemoryError) as error:  # a full disk may be mended
+            names = [self.stores.results.put(png_of(image, made)) for image, made in self._shown(result)]
+        except SQLAlchemyError:  # the whole is done again once the queue answers
+            raise
+        except Exception as error:  # a full disk may be mended; a picture that cannot be protected is not kept
             self._fail(id, error)
             return
         if self.queue.finish(id, self.name, names, result.seconds, steps):
             log.info("job %s is done: %d pictures in %.2f s", id, len(names), result.seconds)
+
+    def _shown(self, result: Result) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """The pictures as they may be kept, with their recipes; signs of life are given meanwhile."""
+        if self.protector is None:
+            yield from ((image, recipe(result, n)) for n, image in enumerate(result.images))
+            return
+        for finished in self.protector.protected(result, self._beat):
+            yield finished
+            self._beat()
 
     def _fail(self, id: str, error: Exception) -> None:
         """A wrong job fails for good; what may be the machine's fault is tried again."""

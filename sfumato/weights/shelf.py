@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ FOLDERS: Mapping[str, tuple[str, ...]] = {
 USUAL = ("models", "embeddings")  # of the working directory, where nothing else is said
 VARIABLE = "SFUMATO_ADAPTERS"
 MOST = 100_000  # files looked at
+SETTLED = 2 * 10**9  # ns, more than any file system's clock ticks
 
 
 def usual_folders() -> list[Path]:
@@ -39,6 +41,7 @@ class Shelf:
     def __init__(self, folders: Sequence[str | Path] = (), paths: bool = True) -> None:
         self.folders = tuple(Path(folder) for folder in folders)
         self.paths = paths
+        self._seen: tuple[list[tuple[Path, set[str]]], dict[Path, int | None]] | None = None
         for folder in self.folders:
             if not folder.is_dir():
                 raise ValueError(f"adapters={str(folder)!r}: no such folder")
@@ -72,11 +75,25 @@ class Shelf:
         raise ValueError(f"{kind}={name!r}: {where}{f'; did you mean {near[0]!r}?' if near else ''}")
 
     def _files(self) -> list[tuple[Path, set[str]]]:
-        """All files with a known suffix and diffusers' folders, in order; with the kinds whose folders they lie in."""
+        """What `_walk` finds, kept until one of the folders changes."""
+        seen = self._seen
+        if seen is None or any(_stamp(folder) != stamp for folder, stamp in seen[1].items()):
+            seen = self._seen = self._walk()
+        return seen[0]
+
+    def _walk(self) -> tuple[list[tuple[Path, set[str]]], dict[Path, int | None]]:
+        """All files with a known suffix and diffusers' folders, in order, with the kinds whose folders they lie in.
+
+        And when each folder last changed; None where that is too near for a later change to be told from it.
+        """
         found: list[tuple[Path, set[str]]] = []
+        stamps: dict[Path, int | None] = {}
+        settled = time.time_ns() - SETTLED
         for folder in self.folders:
             for place, folders, files in os.walk(folder, followlinks=True):
                 here = Path(place)
+                stamp = _stamp(here)
+                stamps[here] = stamp if stamp < settled else None
                 kinds = _kinds((folder.absolute().name, *here.relative_to(folder).parts))
                 if "config.json" in files:  # a diffusers folder is one thing
                     found.append((here, kinds))
@@ -86,7 +103,15 @@ class Shelf:
                 found += [(here / name, kinds) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
                 if len(found) > MOST:
                     raise ValueError(f"adapters={str(folder)!r}: more than {MOST} files; name a smaller folder")
-        return found
+        return found, stamps
+
+
+def _stamp(folder: Path) -> int:
+    """When names in a folder last changed, ns; 0 where it is gone."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _kinds(parts: Sequence[str]) -> set[str]:

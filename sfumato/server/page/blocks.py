@@ -16,8 +16,8 @@ from PIL import Image
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.images import UPSCALERS
-from sfumato.images.annotate import ANNOTATORS
 from sfumato.server.desk import Desk
+from sfumato.server.hints import annotators
 from sfumato.server.keys import User
 from sfumato.server.page import look
 from sfumato.server.page.form import FIELDS, OWN, flattened, form_of, job_of, with_lora, with_word
@@ -172,11 +172,11 @@ def _networks(desk: Desk) -> Parts:
         parts["add_lora"] = gr.Button("Put into prompt", size="sm")
         parts["word"] = gr.Dropdown(["", *words], value="", label=f"Embedding ({len(words)} here)")
         parts["add_word"] = gr.Button("Put into prompt", size="sm")
-    plain = [name for name, each in ANNOTATORS.items() if each.network is None]
+    makers = [*annotators(), *sorted(shelf.files("vision"))]  # IP-Adapters name their image encoder there
     with gr.Accordion("Control", open=False):
         with gr.Row():
             parts["control"] = gr.Dropdown(["", *controls], value="", label=f"Network ({len(controls)} here)")
-            parts["annotate"] = gr.Dropdown([OWN, *plain], value=OWN, label="Hint made by (its own: it is the hint)")
+            parts["annotate"] = gr.Dropdown([OWN, *makers], value=OWN, label="Hint made by (its own: it is the hint)")
         parts["control_picture"] = gr.Image(
             label="Picture that steers", type="filepath", image_mode=None, height=200, buttons=[]
         )
@@ -267,13 +267,16 @@ def _wire_drawing(parts: Parts, desk: Desk, whose: Whose) -> None:
 def _seen(sight: Sight, plain: dict[str, Any], request: gr.Request) -> list[Any]:
     """What the drawing's outputs become."""
     over = sight.state in OVER
-    drawn = [Drawn(name, {**plain, "seed": sight.seed + n}) for n, name in enumerate(sight.results)]
+    results = zip(sight.results, sight.told, strict=True)
+    drawn = [Drawn(name, {**plain, "seed": sight.seed + n}, told) for n, (name, told) in enumerate(results)]
     picture = gr.skip() if sight.preview is None else gr.update(value=Image.fromarray(sight.preview), visible=True)
     pictures: Any = gr.skip()
     if sight.state == DONE:
         picture = gr.update(visible=False)
         pictures = gr.update(
-            value=[(_url(request, each), f"seed {each.seed}") for each in drawn], visible=True, selected_index=0
+            value=[(_url(request, each), f"seed {each.seed}{look.verdict(each.told)}") for each in drawn],
+            visible=True,
+            selected_index=0,
         )
     elif sight.preview is not None:
         pictures = gr.update(visible=False)
@@ -293,7 +296,9 @@ def _told(sight: Sight) -> str:
             if len(sight.results) > 1
             else f"seed {sight.seed}"
         )
-        return look.line(f"drawn in {sight.seconds or 0:.1f} s · {several}", "quiet")
+        flagged = [told for told in sight.told if told.flagged]
+        more = f"{look.verdict(flagged[0])}: {len(flagged)} of {len(sight.told)}" if flagged else ""
+        return look.line(f"drawn in {sight.seconds or 0:.1f} s · {several}{more}", "quiet")
     if sight.state == CANCELLED:
         return look.line("cancelled", "quiet")
     if sight.state in OVER:
@@ -349,7 +354,7 @@ def _wire_results(parts: Parts, tab: gr.Tab, desk: Desk, whose: Whose) -> None:
         return gr.update(value=[(_url(request, each), each.job.get("prompt", "")) for each in drawn]), drawn, about
 
     def choose(listed: list[Drawn], event: gr.SelectData) -> tuple[int, str]:
-        return event.index, look.recipe(listed[event.index].job)
+        return event.index, look.recipe(listed[event.index].job, listed[event.index].told)
 
     search = [parts["gallery"], parts["listed"], parts["about"]]
     gr.on(

@@ -6,7 +6,10 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from sfumato.server.protecting import Told
+
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+SHOWN = {"report": "flagged", "blur": "flagged, blurred", "withhold": "flagged, withheld"}
 MONO = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
 
 CSS = """
@@ -65,11 +68,24 @@ def progress(done: int, total: int) -> str:
     return f'<div class="said" role="status">{bar}step {done} of {total}</div>'
 
 
-def recipe(job: Mapping[str, Any]) -> str:
-    """What a picture was drawn with."""
+def verdict(told: Told) -> str:
+    """What stands behind a picture's seed where it was flagged; "" where it was not."""
+    if told.safety is None or not told.flagged:
+        return ""
+    return f" · {SHOWN.get(str(told.safety.get('policy')), 'flagged')}"
+
+
+def recipe(job: Mapping[str, Any], told: Told) -> str:
+    """What a picture was drawn with, and what was done with it then."""
+    protected: dict[str, Any] = {"signed by": told.signed_by}
+    if told.safety is not None:
+        said = verdict(told).removeprefix(" · ") or "not flagged"
+        protected["safety"] = f"{said}, by {told.safety.get('checker')}"
+    if told.watermark is not None:
+        protected["watermark"] = f"{told.watermark.get('text')} ({told.watermark.get('method')})"
     rows = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
-        for name, value in job.items()
+        for name, value in {**job, **protected}.items()
         if value not in (None, "", [], {}) and name != "count"
     )
     return f"<dl>{rows}</dl>"

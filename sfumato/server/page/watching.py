@@ -12,6 +12,7 @@ import numpy as np
 
 from sfumato.server.desk import Desk
 from sfumato.server.keys import User
+from sfumato.server.protecting import Told, told_by
 from sfumato.server.queue import DONE, MAX_PAGE, OVER, Entry
 
 LOOK = 0.1  # s
@@ -20,7 +21,10 @@ PREVIEW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Sight:
-    """What is to be seen of a job: `done` of `total` steps, a preview (H, W, 3) uint8, in the end names of results."""
+    """What is to be seen of a job: `done` of `total` steps, a preview (H, W, 3) uint8, in the end names of results.
+
+    `told` is what each result says of itself.
+    """
 
     id: str
     state: str
@@ -31,14 +35,16 @@ class Sight:
     error: str | None = None
     seed: int = 0
     seconds: float | None = None
+    told: tuple[Told, ...] = ()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One result: its SHA-256, and the plain job that drew it with the seed of this picture."""
+    """One result: its SHA-256, the plain job that drew it with the seed of this picture, what it says of itself."""
 
     sha256: str
     job: dict[str, Any]
+    told: Told = field(default_factory=Told)
 
     @property
     def seed(self) -> int:
@@ -53,7 +59,7 @@ async def watched(desk: Desk, user: User, plain: Mapping[str, Any]) -> AsyncIter
     if desk.closing:
         raise ValueError("server: it is ending; try again in a while")
     entry = await asyncio.to_thread(desk.submit, plain, user)
-    sight = _sight(entry)
+    sight = _sight(entry, desk)
     yield sight
     next_preview = 0.0
     while entry.state not in OVER and not desk.closing:
@@ -63,7 +69,7 @@ async def watched(desk: Desk, user: User, plain: Mapping[str, Any]) -> AsyncIter
             found = await asyncio.to_thread(desk.queue.get, entry.id)
             if found is None:
                 raise ValueError("job: it is gone")
-            entry, now = found, _sight(found)
+            entry, now = found, await asyncio.to_thread(_sight, found, desk)
         else:
             now = replace(sight, state=ticket.state, done=ticket.done, total=ticket.total)
             if now.done != sight.done and time.monotonic() >= next_preview:
@@ -83,12 +89,19 @@ def found(desk: Desk, user: User, text: str = "", most: int = 60) -> list[Drawn]
         said = str(entry.job.get("prompt", "")).lower()
         if all(word in said for word in words):
             first = int(entry.job.get("seed", 0))
-            drawn += [Drawn(name, {**entry.job, "seed": first + n}) for n, name in enumerate(entry.results)]
+            told = _told(entry, desk)
+            drawn += [Drawn(name, {**entry.job, "seed": first + n}, told[n]) for n, name in enumerate(entry.results)]
         if len(drawn) >= most:
             break
     return drawn[:most]
 
 
-def _sight(entry: Entry) -> Sight:
-    seed = int(entry.job.get("seed", 0))
-    return Sight(entry.id, entry.state, entry.done, entry.total, None, entry.results, entry.error, seed, entry.seconds)
+def _sight(entry: Entry, desk: Desk) -> Sight:
+    return Sight(
+        entry.id, entry.state, entry.done, entry.total, None, entry.results, entry.error,
+        int(entry.job.get("seed", 0)), entry.seconds, _told(entry, desk),
+    )  # fmt: skip
+
+
+def _told(entry: Entry, desk: Desk) -> tuple[Told, ...]:
+    return tuple(told_by(desk.stores.results.path(name)) for name in entry.results)

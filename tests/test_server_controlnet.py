@@ -1,0 +1,243 @@
+"""ControlNet units of A1111's API, from its unmodified client; and what is refused of controls when they are posted."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+import webuiapi
+from PIL import Image
+
+from sfumato.images.annotate import annotate
+from sfumato.images.fitting import fitted
+from sfumato.models.clip import CLIPVisionConfig
+from sfumato.models.controlnet import ControlNet
+from sfumato.models.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
+from sfumato.pipeline import Pipeline
+from sfumato.server import a1111, controlnet, openai
+from sfumato.server.a1111_units import MODULES, controls_of, units_of
+from sfumato.server.app import create_app
+from sfumato.server.desk import Desk, Settings
+from sfumato.server.orders import keep_picture
+from sfumato.types import Control, Job
+from sfumato.weights.controls import save_control, save_ip_adapter
+from sfumato.weights.files import save_safetensors
+from sfumato.weights.towers import ImageTower
+from tests.conftest import randomise
+
+SIZE = {"width": 16, "height": 16, "seed": 3}
+VISION = CLIPVisionConfig(28, 14, 32, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ControlNet, an IP-Adapter, and two image encoders of which one fits it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    model = Pipeline.from_pretrained(tiny_checkpoint, adapters=[]).model
+    (folder / "ControlNet").mkdir()
+    (folder / "clip_vision").mkdir()
+    save_control(folder / "ControlNet" / "edges.safetensors", randomise(ControlNet.from_unet(model.unet, factor=2), 1))
+    dims = [attention.to_q.out_features for attention in cross_attentions(model.unet)]
+    adapter = randomise(IPAdapter(IPAdapterConfig(image_dim=20, context_dim=16), dims), 4)
+    save_ip_adapter(folder / "ControlNet" / "ip-adapter.safetensors", adapter)
+    torch.manual_seed(2)
+    for name, width in (("fits", 20), ("other", 24)):
+        save_safetensors(folder / "clip_vision" / f"{name}.safetensors", ImageTower(VISION, width).state_dict(), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_checkpoint: Path, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    pipeline = Pipeline.from_pretrained(tiny_checkpoint, "cpu", adapters=[shelf])
+    return Desk(pipeline, Settings(tmp_path_factory.mktemp("units") / "data", deterministic=True))
+
+
+@pytest.fixture(scope="module")
+def api(desk: Desk) -> Iterator[webuiapi.WebUIApi]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = create_app(desk, routers=[a1111.router, controlnet.router, openai.router])
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield webuiapi.WebUIApi(port=port, steps=3)
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    """A disc on a slope of grey, 40 x 24 px."""
+    y, x = np.mgrid[:24, :40]
+    grey = np.where((x - 20) ** 2 + (y - 12) ** 2 < 49, 230, 3 * x).astype(np.uint8)
+    return Image.fromarray(np.repeat(grey[..., None], 3, axis=2))
+
+
+def sent(picture: Image.Image) -> str:
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode("ascii")
+
+
+def drawn(desk: Desk, picture: Image.Image, control: Control, **fields: object) -> np.ndarray:
+    """What the pipeline draws of a job as A1111's client asks for it, with a control."""
+    name, kept = keep_picture(base64.b64decode(sent(picture)), desk.stores)
+    options = {"sampler": "euler_a", "eta": 1.0, "like": "a1111", "steps": 3, "guidance": 7.0, **SIZE, **fields}
+    job = Job("a", controls=(Control(**{**vars(control), "image": f"sha256:{name}"}),), **options)
+    return desk.service.submit(job, pictures={f"sha256:{name}": kept}).wait(60).images[0]
+
+
+def test_the_lists_are_the_extensions(api: webuiapi.WebUIApi) -> None:
+    assert api.controlnet_version() == 2
+    assert api.controlnet_model_list() == ["edges", "ip-adapter"]
+    names = api.controlnet_module_list()
+    assert names[0] == "none" and {"canny", "invert", "scribble_xdog", "tile_resample"} <= set(names)
+    root = api.baseurl.removesuffix("/sdapi/v1")
+    said = api.session.get(f"{root}/controlnet/module_list").json()["module_detail"]["canny"]["sliders"]
+    assert [each["value"] for each in said] == [512, 100, 200]
+    assert api.session.get(f"{root}/controlnet/settings").json() == {"control_net_unit_count": 8}
+    types = api.session.get(f"{root}/controlnet/control_types").json()["control_types"]
+    assert types["All"]["model_list"] == ["None", "edges", "ip-adapter"]
+    assert api.get_scripts()["txt2img"][0] == "controlnet"
+
+
+def test_a_unit_of_the_client_steers_as_a_control_does(api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image) -> None:
+    plain = np.asarray(api.txt2img(prompt="a", **SIZE).image)
+    unit = webuiapi.ControlNetUnit(image=scene, module="none", model="edges", weight=0.8, resize_mode="Just Resize")
+    found = np.asarray(api.txt2img(prompt="a", controlnet_units=[unit], **SIZE).image)
+    assert not np.array_equal(found, plain)
+    assert np.array_equal(found, drawn(desk, scene, Control("edges", weight=0.8, resize="stretch")))
+    off = webuiapi.ControlNetUnit(image=scene, module="canny", model="edges", enabled=False)
+    assert np.array_equal(np.asarray(api.txt2img(prompt="a", controlnet_units=[off], **SIZE).image), plain)
+
+
+@pytest.mark.parametrize("mode, ours", [(0, "balanced"), (1, "prompt"), (2, "control")])
+def test_pixel_perfect_hints_are_made_at_the_size_drawn(
+    api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image, mode: int, ours: str
+) -> None:
+    unit = webuiapi.ControlNetUnit(
+        image=scene, module="canny", model="edges [0123abcd]", pixel_perfect=True, threshold_a=40, threshold_b=90,
+        guidance_start=0.2, guidance_end=0.9, control_mode=mode, resize_mode="Crop and Resize",
+    )  # fmt: skip
+    found = np.asarray(api.txt2img(prompt="a", controlnet_units=[unit], **SIZE).image)
+    options = {"low": 40, "high": 90}
+    control = Control("edges", annotate="canny", options=options, start=0.2, end=0.9, mode=ours)
+    assert np.array_equal(found, drawn(desk, scene, control))
+
+
+def test_other_hints_are_made_at_their_own_resolution(api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image) -> None:
+    unit = webuiapi.ControlNetUnit(image=scene, module="canny", model="edges", processor_res=96)
+    found = np.asarray(api.txt2img(prompt="a", controlnet_units=[unit], **SIZE).image)
+    hint = annotate(fitted(np.asarray(scene), 160, 96, "stretch"), "canny", low=64, high=64)
+    assert np.array_equal(found, drawn(desk, Image.fromarray(hint), Control("edges", resize="fill")))
+    detected = api.controlnet_detect([scene], module="canny", processor_res=96)
+    assert detected.info == "Success" and np.array_equal(np.asarray(detected.image), hint)
+
+
+def test_without_a_picture_of_its_own_a_unit_sees_the_init_image(
+    api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image
+) -> None:
+    unit = webuiapi.ControlNetUnit(module="invert", model="edges", pixel_perfect=True)
+    plain = api.img2img([scene], prompt="a", width=16, height=16, seed=3).image
+    steered = api.img2img([scene], prompt="a", width=16, height=16, seed=3, controlnet_units=[unit]).image
+    assert not np.array_equal(np.asarray(plain), np.asarray(steered))
+    [entry] = desk.queue.page(limit=1)
+    assert entry.job["controls"][0]["annotate"] == "invert" and "image" not in entry.job["controls"][0]
+
+
+def test_an_ip_adapter_takes_its_encoder_as_module(api: webuiapi.WebUIApi, scene: Image.Image) -> None:
+    plain = np.asarray(api.txt2img(prompt="a", **SIZE).image)
+    unit = webuiapi.ControlNetUnit(image=scene, module="fits", model="ip-adapter")
+    assert not np.array_equal(np.asarray(api.txt2img(prompt="a", controlnet_units=[unit], **SIZE).image), plain)
+
+
+WRONG = (
+    ({"model": "edgy"}, "model"), ({"model": None}, "model"), ({"module": "openpose_full"}, "module"),
+    ({"control_mode": 3}, "control_mode"), ({"control_mode": "Harder"}, "control_mode"), ({"weight": "x"}, "weight"),
+    ({"resize_mode": "Bend"}, "resize_mode"), ({"image": "/etc/passwd"}, "base64"), ({"mask": "AAAA"}, "mask"),
+    ({"hr_option": "Low res only"}, "hr_option"), ({"guidance_start": 0.9, "guidance_end": 0.1}, "start"),
+    ({"image": None}, "image"), ({"weight": -1}, "weight"), ({"image": "AAAA", "module": "canny"}, "picture"),
+    ({"module": "other", "model": "ip-adapter"}, "encoder gives 24"), ({"model": "ip-adapter"}, "image encoder"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, why", WRONG)
+def test_what_a_unit_cannot_be_is_4xx_and_says_why(
+    api: webuiapi.WebUIApi, scene: Image.Image, wrong: dict, why: str
+) -> None:
+    unit = {"image": sent(scene), "module": "none", "model": "edges", "pixel_perfect": True, **wrong}
+    body = {"prompt": "a", "steps": 1, **SIZE, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    answer = api.session.post(f"{api.baseurl}/txt2img", json=body)
+    assert 400 <= answer.status_code < 500 and why in answer.json()["detail"], answer.text
+
+
+@pytest.mark.parametrize("args", [3, [3], [[1]], [{"image": 5}], [{"image": {"image": 3}}], [{}] * 9])
+def test_what_is_no_unit_is_4xx(api: webuiapi.WebUIApi, args: object) -> None:
+    body = {"prompt": "a", "alwayson_scripts": {"ControlNet": {"args": args}}}
+    answer = api.session.post(f"{api.baseurl}/txt2img", json=body)
+    assert 400 <= answer.status_code < 500 and "controlnet" in answer.json()["detail"].lower(), answer.text
+
+
+def test_what_cannot_be_detected_is_4xx(api: webuiapi.WebUIApi, scene: Image.Image) -> None:
+    url = f"{api.baseurl.removesuffix('/sdapi/v1')}/controlnet/detect"
+    line = Image.new("RGB", (2000, 1))
+    for body, why in (
+        ({}, "one picture"), ({"controlnet_module": "magic", "controlnet_input_images": [sent(scene)]}, "one of none"),
+        ({"controlnet_input_images": ["AAAA"]}, "picture"), ({"controlnet_input_images": [sent(scene)] * 9}, "images"),
+        ({"controlnet_module": "canny", "controlnet_input_images": [sent(line)]}, "px for its hint"),
+    ):  # fmt: skip
+        answer = api.session.post(url, json=body)
+        assert answer.status_code == 422 and why in answer.json()["detail"], answer.text
+
+
+CONTROLS = (
+    ({"annotate": "magic"}, "controls[0].annotate"), ({"annotate": "depth"}, "controls[0].annotate"),
+    ({"annotate": "canny", "options": {"lower": 1}}, "controls[0].options"),
+    ({"annotate": "canny", "options": {"low": -1}}, "controls[0].options"),
+    ({"options": {"low": 1}}, "controls[0].options"), ({"model": "ip-adapter"}, "controls[0].annotate"),
+    ({"model": "ip-adapter", "annotate": "other"}, "controls[0].annotate"),
+    ({"model": "ip-adapter", "annotate": "canny"}, "controls[0].annotate"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, field", CONTROLS)
+def test_our_own_controls_are_refused_when_they_are_posted(
+    api: webuiapi.WebUIApi, scene: Image.Image, wrong: dict, field: str
+) -> None:
+    control = {"model": "edges", "image": f"base64,{sent(scene)}", **wrong}
+    root = api.baseurl.removesuffix("/sdapi/v1")
+    answer = api.session.post(f"{root}/v1/jobs", json={"prompt": "a", "controls": [control]})
+    assert answer.status_code == 422 and answer.json()["error"]["field"] == field, answer.text
+
+
+def test_numbers_out_of_range_are_the_modules_own() -> None:
+    unit = {"image": "AAAA", "model": "edges", "pixel_perfect": True, "threshold_a": 64, "threshold_b": -1}
+
+    class Known:
+        def files(self, kind: str) -> dict[str, str]:
+            return {"edges": ""} if kind == "control" else {}
+
+    def never(*said: object) -> str:
+        raise AssertionError("no hint is made of a pixel-perfect unit")
+
+    for module, options in (
+        ("canny", {"low": 64, "high": 200}), ("tile_resample", {"factor": 1.0}), ("invert", {}),
+        ("threshold", {"level": 64}), ("Blur_Gaussian", {"sigma": 64}),
+    ):  # fmt: skip
+        units = units_of({"ControlNet": {"args": [None, {**unit, "module": module}]}})
+        [control] = controls_of(units, Known(), None, never)
+        assert control["options"] == options and control["annotate"] == MODULES[module.lower()].annotator
+        assert control["image"] == "base64,AAAA" and json.dumps(control)
