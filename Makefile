@@ -10,7 +10,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: picture test lint parity bench train-smoke docs package clean
+.PHONY: picture test lint parity bench bench-quick train-smoke docs package clean
 
 picture: $(VENV)/.installed
 	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
@@ -26,8 +26,13 @@ lint: $(VENV)/.installed-test
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m parity
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/picture_seconds.py
+	$(BIN)/python -m benchmarks.unet_call
+
+# Ratios of a few parts, under three minutes, against those recorded: says what became slower.
+bench-quick: $(VENV)/.installed-test
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quick
 
 # All three trainers on 200 pictures that it draws itself, into runs/smoke; each loss must fall by a stated share.
 train-smoke: $(VENV)/.installed

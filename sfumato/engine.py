@@ -23,7 +23,9 @@ from sfumato.diffusion.samplers import Steps
 from sfumato.diffusion.samplers.tiled import crop
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
+from sfumato.models.merging import Merging
 from sfumato.models.residuals import Residuals
+from sfumato.models.reuse import Deep
 from sfumato.types import Answer, Cond, NetState, Query, Steer
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,21 @@ Wear = Callable[[tuple[Hashable, ...]], None]
 
 
 @dataclass
+class _Kept:
+    """What a U-Net's deep part made of a row, `age` calls ago; `owner` is held so that its id stays its own."""
+
+    deep: Tensor
+    owner: Tensor
+    age: int = 0
+
+
+@dataclass
 class Run:
     """A sampler at work on `sigmas`. `watch` sees each query with its answer, and may cancel the run.
 
     What is pending is `query`, at the moment `at`, for which its guidance has `asked`. In the end there is a `result`,
-    or the `error` that it failed with, or neither where it was cancelled.
+    or the `error` that it failed with, or neither where it was cancelled. Each picture has one of the `seeds`, where
+    merged cells are chosen by them; `deep` is what its rows keep of the U-Net's deep part, see `_Row.slot`.
     """
 
     steps: Steps
@@ -49,6 +61,8 @@ class Run:
     asked: Ask | None = None
     result: Tensor | None = None
     error: Exception | None = None
+    seeds: Sequence[int] = ()
+    deep: dict[Hashable, _Kept] = field(default_factory=dict)
 
     def cancel(self) -> None:
         """End the run where it stands; the engine asks nothing more for it."""
@@ -69,6 +83,7 @@ class Run:
             self.asked = Ask(self.query.x, self.guidance.rows(self.at), partial(self.guidance.combine, self.at))
         except StopIteration as stop:
             self.result = stop.value
+            self.deep.clear()
         except Exception as error:  # whatever it is, other runs go on
             self.fail(error)
 
@@ -91,7 +106,12 @@ class Run:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of a network call: its run, the place of its cond in what was asked, and one picture's x."""
+    """One row of a network call: its run, the place of its cond in what was asked, and one picture's x.
+
+    Where it reuses, `slot` is what the run keeps its deep part by: equal for rows that one prompt, told in one way,
+    has for one picture in one tile (`owner` is the prompt's context whole, whose id is in it). What is `given` was kept
+    there, and is young enough. `state` says nothing of reuse.
+    """
 
     run: int
     place: int
@@ -103,12 +123,18 @@ class _Row:
     state: NetState | None
     worn: tuple[Hashable, ...]
     steered: tuple[Steer, ...]
+    reuse: tuple[int, int] | None
+    slot: Hashable
+    given: Tensor | None
+    owner: Tensor
+    seed: int
 
     @property
     def key(self) -> Hashable:
-        parts = (self.x, self.context, self.vector, self.concat)
+        parts = (self.x, self.context, self.vector, self.concat, self.given)
         steered = tuple((id(steer.network), steer.weight, steer.hint.shape) for steer in self.steered)
-        return self.worn, steered, self.state, *(None if part is None else part.shape for part in parts)
+        depth = None if self.given is None or self.reuse is None else self.reuse[1]
+        return self.worn, steered, self.state, depth, *(None if part is None else part.shape for part in parts)
 
 
 @dataclass(frozen=True)
@@ -118,6 +144,8 @@ class _Told:
     cond: Cond
     maps: list[Tensor] = field(default_factory=list)
     cross: list[Tensor] = field(default_factory=list)
+    deep: Deep | None = None
+    merging: Merging | None = None
 
 
 class Engine:
@@ -145,11 +173,11 @@ class Engine:
         x = x.to(self.model.dtype, memory_format=torch.channels_last)
         unet, arguments = self.model.unet, (x, t, cond.context, cond.vector, cond.state, told.maps, told.cross)
         if not cond.steered:
-            return unet(*arguments)
+            return unet(*arguments, deep=told.deep, merging=told.merging)
         with ExitStack() as around:
             for steer in cond.steered:
                 around.enter_context(steer.network.around(unet, steer.hint.to(x.dtype), steer.weight))
-            return unet(*arguments, self._residuals(x, t, cond))
+            return unet(*arguments, self._residuals(x, t, cond), told.deep, told.merging)
 
     def _residuals(self, x: Tensor, t: Tensor, cond: Cond) -> Residuals:
         """What all that steers adds, together."""
@@ -195,7 +223,7 @@ class Engine:
             while start < len(group):
                 part = group[start : start + self.max_rows]
                 try:
-                    reply = self._call(part)
+                    reply, deep = self._call(part)
                 except Exception as error:
                     if is_out_of_memory(error) and len(part) > 1:
                         self._halve(len(part))
@@ -209,6 +237,7 @@ class Engine:
                 finite.append(reply.x0.isfinite().flatten(1).all(dim=1))
                 for place, row in enumerate(part):
                     found[row.run, row.place].append(_picture(reply, place))
+                    _keep(runs[row.run], row, deep, place)
         for row, good in zip(answered, torch.cat(finite).tolist() if finite else [], strict=True):
             if not good:
                 runs[row.run].fail(self._not_finite(runs[row.run]))
@@ -221,8 +250,8 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _call(self, rows: Sequence[_Row]) -> Reply:
-        """What the network answers to rows alike, each a row of the reply."""
+    def _call(self, rows: Sequence[_Row]) -> tuple[Reply, Deep | None]:
+        """What the network answers to rows alike, each a row of the reply, and what was kept of its deep part."""
         alike = zip(*(row.steered for row in rows), strict=True)
         cond = Cond(
             torch.stack([row.context for row in rows]),
@@ -235,10 +264,10 @@ class Engine:
             self.wear(rows[0].worn)
         elif rows[0].worn:
             raise ValueError("adapters: this engine has nothing to put them on with")
-        told = _Told(cond)
+        told = _Told(cond, deep=_deep(rows), merging=_merging(rows))
         x0 = self.denoiser(torch.stack([row.x for row in rows]), [row.sigma for row in rows], told)
         looked = cond.state is not None and cond.state.cross
-        return Reply(x0, told.maps[0] if told.maps else None, tuple(told.cross) if looked else None)
+        return Reply(x0, told.maps[0] if told.maps else None, tuple(told.cross) if looked else None), told.deep
 
     def _not_finite(self, run: Run) -> ValueError:
         assert run.at is not None
@@ -269,7 +298,49 @@ def _rows(runs: Sequence[Run], factor: int) -> Iterable[_Row]:
                 if concat is not None and run.query.window is not None:
                     concat = crop(concat, run.query.window)
                 state = _state(cond.state, run.query)
-                yield _Row(index, place, x, run.query.sigma, context, vector, concat, state, worn, steered)
+                reuse = None if state is None else state.reuse
+                if state is not None and reuse is not None:
+                    plain = replace(state, reuse=None)
+                    state = None if plain == NetState() else plain  # as of rows that reuse nothing: they share calls
+                slot = (place, picture, id(cond.context), state, worn, steered, run.query.window)
+                kept = None if reuse is None else run.deep.get(slot)
+                given = None if kept is None or reuse is None or kept.age + 1 >= reuse[0] else kept.deep
+                yield _Row(
+                    index, place, x, run.query.sigma, context, vector, concat, state, worn, steered,
+                    reuse, slot, given, cond.context, _seed(run, picture),
+                )  # fmt: skip
+
+
+def _seed(run: Run, picture: int) -> int:
+    """What a picture's merged cells are chosen by in this step: alike in all rows of the step, another in the next."""
+    own = run.seeds[picture] if picture < len(run.seeds) else picture
+    return (1_000_003 * own + (0 if run.at is None else run.at.step)) % 2**63
+
+
+def _deep(rows: Sequence[_Row]) -> Deep | None:
+    """What a call of rows alike does with the deep part."""
+    given = _stack([row.given for row in rows])
+    if given is not None:
+        assert rows[0].reuse is not None
+        return Deep(depth=rows[0].reuse[1], given=given.contiguous(memory_format=torch.channels_last))
+    wanted = frozenset(row.reuse[1] for row in rows if row.reuse is not None)
+    return Deep(wanted) if wanted else None
+
+
+def _merging(rows: Sequence[_Row]) -> Merging | None:
+    """How a call of rows alike merges cells."""
+    ratio = 0.0 if rows[0].state is None else rows[0].state.tome
+    return Merging(ratio, [torch.Generator().manual_seed(row.seed) for row in rows]) if ratio else None
+
+
+def _keep(run: Run, row: _Row, deep: Deep | None, place: int) -> None:
+    """Keep what the deep part made of a row, the call's `place`-th; or note that it was taken once more."""
+    if row.reuse is None or deep is None:
+        return
+    if row.given is None:
+        run.deep[row.slot] = _Kept(deep.kept[row.reuse[1]][place].clone(), row.owner)
+    else:
+        run.deep[row.slot].age += 1
 
 
 def _part(steer: Steer, query: Query, factor: int) -> Steer:

@@ -19,7 +19,8 @@ from sfumato import __version__
 from sfumato.engine import Engine, Run, Watch
 from sfumato.families import Family, Model, find_family
 from sfumato.images import Picture, picture_from
-from sfumato.memory import apply, budget, describe, plan
+from sfumato.memory import apply, budget, describe, free_memory, plan
+from sfumato.models.layers import hasten
 from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.checks import complete, job_to_dict
 from sfumato.tasks.extras import Extras
@@ -93,7 +94,8 @@ class Pipeline:
     """A loaded model ready to draw. Holds no state between calls; calls of several threads wait for each other.
 
     `max_rows` bounds the rows of a network call, `max_pictures` the pictures decoded at once; `tile` is the side of
-    decoded tiles in pixels. `adapters` is where the names in prompts and controls are looked up.
+    decoded tiles in pixels. `adapters` is where the names in prompts and controls are looked up. With `fast_bytes`
+    each layer on a CPU goes its fastest way, and the U-Net may keep so many bytes for it; numbers differ by rounding.
     """
 
     def __init__(
@@ -103,8 +105,11 @@ class Pipeline:
         tile: int | None = None,
         max_pictures: int = MAX_PICTURES,
         adapters: Shelf | None = None,
+        fast_bytes: int | None = None,
     ) -> None:
         self.model = model
+        self.fast_bytes = fast_bytes
+        self._hasten()
         self.tile, self.max_pictures = tile, max_pictures
         self._upscalers: dict[str, Upscaler] = {}
         self.busy = threading.RLock()  # networks are changed while they draw: adapters, seamless edges, formats
@@ -124,13 +129,15 @@ class Pipeline:
         variant: str | None = None,
         memory: Memory | None = None,
         adapters: str | Path | Sequence[str | Path] | None = None,
+        fast: bool = False,
     ) -> Pipeline:
         """Load a single file, a diffusers folder, or a model of the Hugging Face hub ("owner/name"); None is the box.
 
         `family` overrides what is detected, `use_ema` takes the averaged U-Net, `vae` is a file, folder or hub name
         to take the autoencoder from, `variant` names a folder's files ("fp16"). `memory` is what must be enough; the
         plan for it is logged before anything is loaded. `adapters` are the folders of LoRAs, embeddings, hypernetworks
-        and ControlNets; None: those of $SFUMATO_ADAPTERS, else `models` and `embeddings` here.
+        and ControlNets; None: those of $SFUMATO_ADAPTERS, else `models` and `embeddings` here. `fast`: on a CPU, each
+        layer in its fastest way, with up to half of the free memory (or what a plan leaves) for it; in float32 alone.
         """
         chosen = choose_device(device)
         dtype = choose_dtype(precision, chosen)
@@ -141,12 +148,20 @@ class Pipeline:
         shelf = Shelf(usual_folders() if folders is None else folders)
         checkpoint = open_whole(path, family, use_ema, other, variant)
         if memory is None:
-            return cls(model_of(checkpoint, chosen, dtype), adapters=shelf)
-        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype, shelf)
+            model = model_of(checkpoint, chosen, dtype)
+            fast = fast and chosen.type == "cpu"
+            return cls(model, adapters=shelf, fast_bytes=free_memory(chosen) // 2 if fast else None)
+        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype, shelf, fast)
 
     @classmethod
     def _within(
-        cls, memory: Memory, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, shelf: Shelf
+        cls,
+        memory: Memory,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        shelf: Shelf,
+        fast: bool,
     ) -> Pipeline:
         """Plan, say the plan, load and set what it asks for."""
         family = checkpoint.family
@@ -158,7 +173,13 @@ class Pipeline:
         model = model_of(checkpoint, torch.device("cpu") if found.offload else device, found.dtype)
         model = replace(model, device=device)
         apply(found, model)
-        return cls(model, found.max_rows, found.tile, found.max_pictures, shelf)
+        return cls(model, found.max_rows, found.tile, found.max_pictures, shelf, found.keep if fast else None)
+
+    def _hasten(self) -> None:
+        """Anew after every move: what was kept is dropped. A decoder's maps are so large that it need keep nothing."""
+        if self.fast_bytes is not None:  # who trains has hastened what it draws with
+            hasten(self.model.unet, keep=self.fast_bytes)
+            hasten(self.model.autoencoder)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""
@@ -166,6 +187,7 @@ class Pipeline:
         then = self.model.dtype if dtype is None else dtype
         if (there, then) != (self.model.device, self.model.dtype):
             self.model = moved(self.model, there, then)
+            self._hasten()
             self._upscalers.clear()
             self.extras = Extras(self.model, self.extras.shelf)
             self.engine = Engine(self.model, self.engine.max_rows, self.extras.wear)
@@ -267,7 +289,7 @@ class Pipeline:
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
-            made_with=made_with(self.model.device),
+            made_with=made_with(self.model.device, self.fast_bytes is not None),
         )
 
 
@@ -309,9 +331,10 @@ class Bar:
         return watch
 
 
-def made_with(device: torch.device) -> dict[str, str]:
+def made_with(device: torch.device, fast: bool = False) -> dict[str, str]:
     """What else than the job decides the last bit of a picture."""
-    return {"sfumato": __version__, "torch": torch.__version__.partition("+")[0], "device": device.type}
+    known = {"sfumato": __version__, "torch": torch.__version__.partition("+")[0], "device": device.type}
+    return known | ({"fast": "yes"} if fast else {})
 
 
 def recipe(result: Result, index: int) -> dict[str, Any]:

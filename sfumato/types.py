@@ -102,6 +102,10 @@ class Job:
     sag: float = 0.0
     freeu: tuple[float, ...] | None = None
 
+    # Fewer operations, at a distance from the exact picture (docs/fewer-operations.md).
+    reuse: str | None = None  # "N" or "N:DEPTH": deep features are computed in every N-th call only
+    tome: float = 0.0  # share of the cells that self-attention merges
+
     # What XL is told of an original (None: the picture's own size, uncropped), its refiner of beauty (6 and 2.5).
     original_width: int | None = None
     original_height: int | None = None
@@ -158,6 +162,8 @@ class NetState:
     In the blocks named in `perturbed` self-attention is the identity; `freeu` is (b1, b2, s1, s2); of the first
     self-attention in the block `probe` the map comes back with the row's answer, and with `cross` those of all
     attentions to the context. In the directions `seamless` opposite edges meet: left and right (x), top and bottom (y).
+    With `reuse` (every, depth) the deep part is computed in every so many-th call of a row (models/reuse.py), with
+    `tome` that share of cells is merged in self-attention (models/merging.py).
     """
 
     perturbed: tuple[str, ...] = ()
@@ -165,6 +171,8 @@ class NetState:
     probe: str | None = None
     seamless: tuple[bool, bool] = (False, False)
     cross: bool = False
+    reuse: tuple[int, int] | None = None
+    tome: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_special_care_lowers_the_bar(peer_folder):
     assert not calm.flagged and not care.flagged
 
 
-@pytest.mark.parametrize("size", [(224, 224), (300, 451), (512, 384), (64, 64)])
+@pytest.mark.parametrize("size", [(224, 224), (300, 451), (512, 384), (64, 64), (80, 85), (165, 110)])
 def test_pictures_are_prepared_as_transformers_does(size):
     pixels = np.random.default_rng(1).integers(0, 256, (1, *size, 3)).astype(np.uint8)
     theirs = CLIPImageProcessorPil()(Image.fromarray(pixels[0]), return_tensors="pt").pixel_values

@@ -201,3 +201,83 @@ def test_check_tells_each_picture(checker, tmp_path, capsys):
     assert '"flagged": true' in capsys.readouterr().out
     assert main(["check", str(tmp_path / "a.png"), "--safety-checker", str(checker[False]), "--flagged"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def ours(command: str, ckpt: Path, *flags: object) -> int:
+    return main([command, *map(str, flags), "--ckpt", str(ckpt)])
+
+
+@pytest.fixture
+def begin(tmp_path) -> Path:
+    """A folder with one picture of 96 px and its caption."""
+    folder = tmp_path / "begin"
+    folder.mkdir()
+    y, x = np.mgrid[:96, :96]
+    Image.fromarray(np.stack([x + 60, y + 40, x + y], axis=-1).astype(np.uint8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a cat")
+    return folder
+
+
+@pytest.fixture
+def key(tmp_path) -> Path:
+    assert main(["keys", "new", str(tmp_path / "key")]) == 0
+    return tmp_path / "key"
+
+
+@pytest.mark.parametrize("command", ["edit", "augment", "plot"])
+def test_other_commands_treat_mark_and_sign(tiny_checkpoint, tmp_path, checker, small_marks, begin, key, command):
+    words = {
+        "edit": ["--image", begin / "a.png", "--steps", 2, "--rounds", 1, "--outdir", tmp_path / "out"],
+        "augment": [begin, tmp_path / "out", "--steps", 2],
+        "plot": ["--x", "seed=1,2", *SMALL, "--out", tmp_path / "out.png"],
+    }[command]
+    path = {"edit": tmp_path / "out/samples/00000.png", "augment": tmp_path / "out/a-1.png"}.get(
+        command, tmp_path / "out.png"
+    )
+    guarded = ["--safety", "withhold", "--safety-checker", checker[True], "--watermark", "mine", "--sign", key]
+    assert ours(command, tiny_checkpoint, *words, *guarded) == 0
+    pixels, made = load_png(path)
+    assert provenance.verify(pixels, made).sound
+    left, top, right, bottom = 0, 0, 96, 96
+    if command == "plot":
+        left, top, right, bottom = made["plot"]["cells"][1]["box"]
+        made = made["plot"]["cells"][1]["recipe"]
+    assert made["safety"]["flagged"] and made["safety"]["policy"] == "withhold"
+    assert made["watermark"] == {"text": "mine", "method": "dwtdct"}
+    grey = marked(np.full((96, 96, 3), 128, np.uint8), Mark("mine", "dwtdct"))
+    assert np.array_equal(pixels[top:bottom, left:right], grey)
+    if command != "edit":
+        cell = ["--cell", 2] if command == "plot" else []
+        assert ours("replay", tiny_checkpoint, path, *cell) == 0
+
+
+@pytest.mark.parametrize("command", ["edit", "augment", "plot", "replay"])
+def test_other_commands_refuse_words_before_they_draw(tiny_checkpoint, tmp_path, begin, capsys, command):
+    (tmp_path / "words.txt").write_text("cat\n")
+    assert draw(tiny_checkpoint, tmp_path / "drawn", *SMALL) == 0
+    words = {
+        "edit": ["--image", begin / "a.png", "--prompt", "a dog", "--to", "a cat", "--outdir", tmp_path / "out"],
+        "augment": [begin, tmp_path / "out"],
+        "plot": ["--x", "seed=1,2", *SMALL, "--out", tmp_path / "out.png"],
+        "replay": [tmp_path / "drawn/samples/00000.png", "--out", tmp_path / "out.png"],
+    }[command]
+    capsys.readouterr()
+    assert ours(command, tiny_checkpoint, *words, "--refuse-words", tmp_path / "words.txt") == 2
+    assert "refused by word list words.txt (cat)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*/**/*.png")) and not (tmp_path / "out.png").exists()
+
+
+def test_replay_keeps_what_was_done_and_adds_what_is_asked(tiny_checkpoint, tmp_path, checker, small_marks, key):
+    guarded = ["--safety", "blur", "--safety-checker", checker[True]]
+    assert draw(tiny_checkpoint, tmp_path, *SMALL, *guarded) == 0
+    path, out = tmp_path / "samples/00000.png", tmp_path / "again.png"
+    blurred, told = load_png(path)
+    assert ours("replay", tiny_checkpoint, path, "--out", out, "--watermark", "mine", "--sign", key) == 0
+    pixels, made = load_png(out)
+    assert made["safety"] == told["safety"] and np.array_equal(pixels, marked(blurred, Mark("mine", "dwtdct")))
+    assert provenance.verify(pixels, made).sound
+    withheld = ["--safety", "withhold", "--safety-checker", checker[True]]
+    assert ours("replay", tiny_checkpoint, out, "--out", tmp_path / "third.png", *withheld) == 0
+    pixels, made = load_png(tmp_path / "third.png")
+    assert made["safety"]["policy"] == "withhold" and made["watermark"]["text"] == "mine"
+    assert np.array_equal(pixels, marked(np.full((96, 96, 3), 128, np.uint8), Mark("mine", "dwtdct")))

@@ -15,7 +15,7 @@ from sfumato.cli.loading import family_flag
 from sfumato.weights.checkpoint import open_checkpoint
 from sfumato.weights.hub import resolve
 from sfumato.weights.parts import Checkpoint
-from sfumato.weights.writing import Parts, in_precision, parts_of, surplus_of, write
+from sfumato.weights.writing import Parts, averages_in, in_precision, parts_of, surplus_of, write
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     checkpoint = opened(args)
     surplus, metadata = surplus_of(checkpoint)
-    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)), surplus, metadata)
+    dtype = DTYPES.get(args.dtype)
+    save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), dtype), averages_in(surplus, dtype), metadata)
     return 0
 
 

@@ -96,6 +96,13 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
             "B1,B2,S1,S2", "FreeU: factors of the U-Net's backbone and skip connections, such as 1.5,1.6,0.9,0.2", "off"
         ),
     },
+    "fewer operations": {
+        "reuse": Flag(
+            "N[:DEPTH]", "compute the U-Net's deep part in every N-th call only; DEPTH of its blocks are shallow (1)",
+            "off",
+        ),
+        "tome": Flag("RATIO", "share of the cells that self-attention merges, at the highest resolution; 0 is off"),
+    },
     "SD XL": {
         "original_width": Flag("PX", "the width that the model is told the original had", "--width"),
         "original_height": Flag("PX", "and the height", "--height"),
@@ -165,6 +172,7 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
     },
 }  # fmt: skip
 SUMMARIES = {
+    "fewer operations": "quicker, and not the exact picture any more (docs/fewer-operations.md)",
     "second pass": "--hires draws the picture, enlarges it and draws over it again",
     "SD XL": "what XL models are told of an original; others ignore it",
     "noise": "what a picture begins with",

@@ -32,6 +32,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--vram", nargs="?", const="free", metavar="GIB", help="fit into so much memory of the device (no number: what "
         "is free) by half precision, slices, tiles, moving networks; the plan is told first")  # fmt: skip
+    add("--fast", action="store_true", help="on a CPU: each layer in its fastest way, which takes memory and rounds "
+        "otherwise")  # fmt: skip
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,7 @@ def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeli
     family = family_flag(args)
     pipeline = Pipeline.from_pretrained(
         args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
-        memory=memory_flag(args), adapters=args.adapters,
+        memory=memory_flag(args), adapters=args.adapters, fast=args.fast,
     )  # fmt: skip
     path = Path(args.ckpt or box_path())
     if family is not None and path.is_file():

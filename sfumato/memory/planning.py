@@ -48,6 +48,12 @@ class Plan:
     decoder: int
     estimate: int
 
+    @property
+    def keep(self) -> int:
+        """Bytes that networks may keep to be faster (`hasten`): what is left of the budget; 0 in a thrifty plan."""
+        thrifty = self.offload or self.tile is not None or self.attention_slice is not None
+        return 0 if thrifty or self.dtype != torch.float32 else max(0, self.budget - self.estimate)
+
 
 @dataclass(frozen=True)
 class _Setting:

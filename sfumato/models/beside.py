@@ -131,6 +131,8 @@ def _forward_of(beside: Beside, delta: Delta) -> Callable[[Layer, Tensor], Tenso
     """The forward pass of a layer with its delta; a LoRA is computed on x, others on the weight."""
 
     def forward(layer: Layer, x: Tensor) -> Tensor:
+        if beside.strength == 0:
+            return type(layer).forward(layer, x)  # type: ignore[arg-type]
         change = delta.change()
         if isinstance(change, LoRA):
             plain = type(layer).forward(layer, x)  # type: ignore[arg-type]

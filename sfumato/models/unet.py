@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.freeu import free_u
+from sfumato.models.inference import Store, may_be_kept, plain
 from sfumato.models.layers import (
     Conv2d,
     Embedding,
@@ -28,7 +30,9 @@ from sfumato.models.layers import (
     wrapped,
     zero,
 )
+from sfumato.models.merging import Merging
 from sfumato.models.residuals import Residuals
+from sfumato.models.reuse import Deep
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class UNetConfig:
     norm_groups: int = 32
     num_classes: int | None = None
     cross_only: tuple[bool, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Input blocks, and as many output blocks."""
+        return len(self.channel_mult) * (self.num_res_blocks + 1)
 
     def heads(self, channels: int) -> int:
         """Attention heads at a width of `channels`."""
@@ -86,13 +95,21 @@ class State(Protocol):
 class Asked:
     """What one call asks of attentions: which self-attentions are the identity, and whose map goes into `maps`.
 
-    To `cross`, unless it is None, every attention to the context adds its own.
+    To `cross`, unless it is None, every attention to the context adds its own. Self-attentions over `cells` or more,
+    of which nothing else is asked, are merged as `merging` says.
     """
 
     identity: frozenset[nn.Module] = frozenset()
     probe: nn.Module | None = None
     maps: list[Tensor] = field(default_factory=list)
     cross: list[Tensor] | None = None
+    merging: Merging | None = None
+    cells: int = 0
+
+    def merges(self, attention: nn.Module, length: int) -> Merging | None:
+        """How a self-attention over `length` cells is merged; None: it is not."""
+        asked = attention is self.probe or attention in self.identity
+        return None if asked or length < self.cells else self.merging
 
 
 class ResBlock(nn.Module):
@@ -122,6 +139,8 @@ class CrossAttention(nn.Module):
     What is `worn` changes the contexts that keys and values are made of, one after the other: see hypernetwork.py.
     """
 
+    room: Store | None = None
+
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = check_heads(dim, num_heads)
@@ -134,8 +153,7 @@ class CrossAttention(nn.Module):
         self.worn: tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...] = ()
 
     def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
-        keys, values = self._contexts(context)
-        q, k, v = self.to_q(x), self.to_k(keys), self.to_v(values)
+        q, (k, v) = self.to_q(x), self._keys_values(context)
         if asked is not None:
             if self is asked.probe:
                 asked.maps.append(attention_map(q, k, self.num_heads))
@@ -146,6 +164,12 @@ class CrossAttention(nn.Module):
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """Where x (B, M, dim) looks in the context (B, L, D): the mean map of the heads, (B, M, L) float32."""
         return attention_map(self.to_q(x), self.to_k(self._contexts(context)[0]), self.num_heads).mean(dim=1)
+
+    def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.room is not None and not self.worn and may_be_kept(context) and plain(self.to_k, self.to_v):
+            return self.room.keys_values(context, self.to_k, self.to_v)
+        keys, values = self._contexts(context)
+        return self.to_k(keys), self.to_v(values)
 
     def _contexts(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What keys and values are made of."""
@@ -168,11 +192,18 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    room: Store | None = None
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.room is not None:
+            first: nn.Linear = self.net[0].proj  # type: ignore[assignment]
+            last: nn.Linear = self.net[2]  # type: ignore[assignment]
+            if may_be_kept(x, first.weight, last.weight) and plain(first, last):
+                return self.room.gated(x, first, last)
         return self.net(x)
 
 
@@ -187,9 +218,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None, size: tuple[int, int] = (0, 0)) -> Tensor:
         z = self.norm1(x)
-        x = x + self.attn1(z, context if self.cross_only else z, asked)
+        merging = None if asked is None or self.cross_only else asked.merges(self.attn1, z.shape[1])
+        if merging is None:
+            x = x + self.attn1(z, context if self.cross_only else z, asked)
+        else:
+            matched = merging.match(z, size)
+            z = matched.merge(z)
+            x = x + matched.spread(self.attn1(z, z))
         z = self.norm2(x)
         if asked is not None and asked.cross is not None:
             asked.cross.append(self.attn2.weights(z, context))
@@ -223,7 +260,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             z = self.proj_in(z)
         for block in self.transformer_blocks:
-            z = block(z, context, asked)
+            z = block(z, context, asked, (height, width))
         if asked is not None and asked.cross is not None:
             own = slice(-len(self.transformer_blocks), None)
             asked.cross[own] = [look.transpose(1, 2).unflatten(2, (height, width)) for look in asked.cross[own]]
@@ -356,6 +393,8 @@ class UNet(Encoder):
     and there is none.
     """
 
+    room: Store | None = None
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         base, groups, skips = config.channels, config.norm_groups, list(self.skip_channels)
@@ -383,36 +422,55 @@ class UNet(Encoder):
         maps: list[Tensor] | None = None,
         cross: list[Tensor] | None = None,
         residuals: Residuals | None = None,
+        deep: Deep | None = None,
+        merging: Merging | None = None,
     ) -> Tensor:
         """`state` changes this call alone; to `maps` the map that it probes is appended, (B, heads, L, L) float32.
 
         To `cross`, where the state wants them, go the maps of all attentions to the context, in order: the mean of
-        their heads, (B, L, h_i, w_i) float32, of sum 1 over the L tokens. `residuals` are added on the way.
+        their heads, (B, L, h_i, w_i) float32, of sum 1 over the L tokens. `residuals` are added on the way; `deep`
+        says what of the deep part is kept or given (not with residuals, nor where something is looked at there), and
+        `merging` how self-attentions at the highest resolution that has some are merged.
         """
         emb = self.embed(t, vector, x.dtype)
         added = residuals or Residuals()
         added.check(len(self.input_blocks))
         asked = None if state is None else self._asked(state, [] if maps is None else maps, cross)
+        if merging is not None:
+            asked = replace(asked or Asked(), merging=merging, cells=self._finest(x.shape[2] * x.shape[3]))
+        deep, count = deep or Deep(), len(self.input_blocks)
+        shallow = deep.shallow(count)
+        if deep.given is not None and (len(added) or (state is not None and (state.probe or state.cross))):
+            raise ValueError("reuse: not with residuals of other networks, nor where attentions are looked at")
         freeu = None if state is None else state.freeu
+        if self.room is not None and may_be_kept(context):
+            context = self.room.known(context)
         with wrapped(self, state.seamless) if state is not None and any(state.seamless) else nullcontext():
             skips: list[Tensor] = []
-            for index, block in enumerate(self.input_blocks):
+            for index, block in enumerate(islice(self.input_blocks, shallow)):
                 x = block(x, emb, context, asked)
                 if index in added.inner:
                     x = x + added.inner[index]
                 skips.append(x)
-            x = self.middle_block(x, emb, context, asked)
+            if deep.given is None:
+                x = self.middle_block(x, emb, context, asked)
             if added.middle is not None:
                 x = x + added.middle
             if added.skips:
                 skips = [skip + more for skip, more in zip(skips, added.skips, strict=True)]
-            for index, block in enumerate(self.output_blocks):
-                skip = skips.pop()
+            for index, block in islice(enumerate(self.output_blocks), count - shallow, None):
+                x, skip = deep.up(count - index, x), skips.pop()
                 stage = index // (self.config.num_res_blocks + 1)
                 if freeu is not None and stage < 2:
                     x, skip = free_u(x, skip, b=freeu[stage], s=freeu[stage + 2])
                 x = block(torch.cat([x, skip], dim=1), emb, context, asked)
             return self.out(x)
+
+    def _finest(self, cells: int) -> int:
+        """The cells at the highest resolution that has self-attention, of so many latent cells."""
+        only = self.config.cross_only or (False,) * len(self.config.channel_mult)
+        depths = zip(self.config.transformer_depth, only, strict=True)
+        return cells // 4 ** next((level for level, (depth, other) in enumerate(depths) if depth and not other), 0)
 
     def self_attention_blocks(self) -> tuple[str, ...]:
         """The blocks that a `State` may name: `input_blocks.1`, `middle_block`, ...; and any module within them."""

@@ -127,7 +127,7 @@ class Room:
     def __deepcopy__(self, memo: dict[int, Any]) -> Room:
         return Room()
 
-    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Room], tuple[Any, ...]]:
         return Room, ()
 
 
@@ -195,14 +195,22 @@ class _Grid:
         room = self.room.take("weight", weight.shape[0], self.n, self.channels)
         return _each(_matrices(self.m)[1], _flat(weight), room)
 
+    def ordered(self, padded: Tensor, pictures: slice, rows: slice) -> Tensor:
+        """The band's transformed tiles, (n, T, C): `tiles` in the order in which products take them."""
+        windows = _windows(padded[pictures, rows.start * self.m : rows.stop * self.m + 2], self.m + 2, self.m)
+        windows = windows.permute(3, 4, 0, 1, 2, 5)
+        gathered = self.room.take("gathered", *windows.shape).copy_(windows).view(self.n, -1)
+        tiles = self.room.take("tiles", *gathered.shape)
+        return torch.mm(_matrices(self.m)[0], gathered, out=tiles).view(self.n, -1, self.channels)
+
     def fill(self, out: Tensor, tiles: Tensor, transformed: Tensor, bias: Tensor | None) -> None:
-        """Into out (B, R, m, columns, m, O) the results of tiles (T, n, C) and transformed weights (O, n, C)."""
+        """Into out (B, R, m, columns, m, O) the results of tiles (n, T, C) and transformed weights (n, C, O)."""
         batch, rows, m, columns, _, channels = out.shape
-        products = self.room.take("products", self.n, tiles.shape[0], channels)
-        torch.bmm(tiles.transpose(0, 1), transformed.permute(1, 2, 0), out=products)
-        results = self.room.take("results", tiles.shape[0], m * m, channels)
-        _each(_matrices(m)[2], products.transpose(0, 1), results)
-        by_tile = results.view(batch, rows, columns, m, m, channels).permute(0, 1, 3, 2, 4, 5)
+        products = self.room.take("products", self.n, tiles.shape[1], channels)
+        torch.bmm(tiles, transformed, out=products)
+        results = self.room.take("results", m * m, tiles.shape[1] * channels)
+        torch.mm(_matrices(m)[2], products.view(self.n, -1), out=results)
+        by_tile = results.view(m, m, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
         if bias is None:
             out.copy_(by_tile)
         else:
@@ -246,6 +254,40 @@ def _parts(weight: Tensor, n: int) -> Iterator[slice]:
         yield slice(first, min(first + step, channels))
 
 
+def transform(weight: Tensor, m: int) -> Tensor:
+    """weight (O, C, 3, 3) as the products of F(m x m) want it, (n, C, O): n / 9 times its memory, to be kept."""
+    return _each(_matrices(m)[1], _flat(weight)).permute(1, 2, 0).contiguous()
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, m: int, room: Room, transformed: Tensor | None = None
+) -> Tensor:
+    """F(m x m, 3 x 3) of x (B, C, h, w), a cell of zeros around it: (B, O, h, w), without gradients.
+
+    With what `transform` gives of the weight that work is spared.
+    """
+    grid = _grid(x, m, room)
+    parts = list(_parts(weight, grid.n)) if transformed is None else [slice(0, weight.shape[0])]
+    if transformed is None and len(parts) == 1:
+        transformed = grid.transformed(weight).permute(1, 2, 0)
+    out = x.new_empty(grid.batch, grid.rows, m, grid.columns, m, weight.shape[0])
+    padded = grid.padded(x)
+    for pictures, rows in grid.bands(max(weight.shape[:2])):
+        tiles = grid.ordered(padded, pictures, rows)
+        for part in parts:
+            of_part = None if bias is None else bias[part]
+            ready = grid.transformed(weight[part]).permute(1, 2, 0) if transformed is None else transformed
+            grid.fill(out[pictures, rows][..., part], tiles, ready, of_part)
+    return grid.map_of(out)
+
+
+def columns(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, room: Room) -> Tensor:
+    """The convolution of x (B, C, h, w), a cell of zeros around it, as one matrix product, without gradients."""
+    cells, flat = _cells(x, stride, room), _flat(weight).flatten(1)
+    out = F.linear(cells.view(-1, flat.shape[1]), flat, bias)
+    return out.view(*cells.shape[:3], weight.shape[0]).permute(0, 3, 1, 2)
+
+
 class Winograd(torch.autograd.Function):
     """F(m x m, 3 x 3) with its gradients. Keeps x and the weight; what is transformed, is transformed again."""
 
@@ -253,18 +295,7 @@ class Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, m: int, room: Room) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.m, ctx.room = m, room
-        grid = _grid(x, m, room)
-        parts = list(_parts(weight, grid.n))
-        whole = grid.transformed(weight) if len(parts) == 1 else None
-        out = x.new_empty(grid.batch, grid.rows, m, grid.columns, m, weight.shape[0])
-        padded = grid.padded(x)
-        for pictures, rows in grid.bands(max(weight.shape[:2])):
-            tiles = grid.tiles(padded, pictures, rows)
-            for part in parts:
-                of_part = None if bias is None else bias[part]
-                transformed = grid.transformed(weight[part]) if whole is None else whole
-                grid.fill(out[pictures, rows][..., part], tiles, transformed, of_part)
-        return grid.map_of(out)
+        return convolve(x, weight, bias, m, room)
 
     @staticmethod
     @once_differentiable
@@ -338,9 +369,7 @@ class Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, room: Room) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.room = stride, room
-        cells, flat = _cells(x, stride, room), _flat(weight).flatten(1)
-        out = F.linear(cells.view(-1, flat.shape[1]), flat, bias)
-        return out.view(*cells.shape[:3], weight.shape[0]).permute(0, 3, 1, 2)
+        return columns(x, weight, bias, stride, room)
 
     @staticmethod
     @once_differentiable

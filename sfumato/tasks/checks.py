@@ -13,6 +13,8 @@ from sfumato.diffusion.samplers import Sampler, find_sampler, resolve
 from sfumato.diffusion.schedule import NoiseSchedule, sampling_sigmas
 from sfumato.families import Family
 from sfumato.images import UPSCALERS
+from sfumato.models.merging import MOST
+from sfumato.models.reuse import Deep, reuse_of
 from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks.picture_checks import MAX_SIDE, check_fields_together, complete_picture
 from sfumato.tasks.profiles import find_profile
@@ -58,6 +60,7 @@ RANGES: Mapping[str, Range] = {
     "mimic": Range(0, MAX_GUIDANCE),
     "pag": Range(0, MAX_GUIDANCE),
     "sag": Range(0, MAX_GUIDANCE),
+    "tome": Range(0, MOST),
     "original_width": SIDE,
     "original_height": SIDE,
     "crop_left": Range(0, MAX_SIDE, whole=True),
@@ -81,10 +84,23 @@ RANGES: Mapping[str, Range] = {
     "overlap": SIDE,
 }
 REQUIRED = ("seed", "count", "variation_strength", "ensd", "guidance_start", "guidance_end", "guidance_low",
-            "guidance_thin", "rescale", "pag", "sag", "noise_multiplier", "padding", "left", "right", "up", "down",
-            "falloff", "colour_variation")  # fmt: skip
+            "guidance_thin", "rescale", "pag", "sag", "tome", "noise_multiplier", "padding", "left", "right", "up",
+            "down", "falloff", "colour_variation")  # fmt: skip
 TEXTS = ("prompt", "negative", "seamless")
-NAMES = ("sampler", "schedule", "weighting", "noise", "like", "image", "mask", "depth", "resize", "fill", "upscaler")
+NAMES = (
+    "sampler",
+    "schedule",
+    "weighting",
+    "noise",
+    "like",
+    "reuse",
+    "image",
+    "mask",
+    "depth",
+    "resize",
+    "fill",
+    "upscaler",
+)
 SWITCHES = ("exact_steps", "mask_invert", "mask_resize", "from_alpha", "mask_soft", "only_masked")
 
 
@@ -178,6 +194,8 @@ def _check_numbers(job: Job, family: Family) -> None:
             raise ValueError(f"freeu={job.freeu!r}: four numbers are needed, b1, b2, s1, s2")
         for value in job.freeu:
             require_number("freeu", value, Range(1e-3, 100))
+    if job.reuse is not None:
+        Deep(frozenset(reuse_of(job.reuse)[1:])).shallow(family.unet.num_blocks)
     if job.variation_strength and job.variation_seed is None:
         raise ValueError(f"variation_strength={job.variation_strength}: variation_seed is needed too")
     if (job.noise_width is None) != (job.noise_height is None):

@@ -36,6 +36,7 @@ EXCLUDES: Mapping[str, tuple[str, ...]] = {
     "upscale": (*MASKS, *SIDES, "mask_invert", "mask_soft", "only_masked", "depth", "tile", "controls"),
     **dict.fromkeys(SIDES, (*MASKS, "mask_invert", "mask_soft", "only_masked", "depth", "seamless", "controls")),
     "only_masked": ("seamless", "controls"),
+    "reuse": ("controls", "sag"),
 }
 
 

@@ -209,7 +209,7 @@ def runs_of(scene: Scene, model: Model, watch: Watch | None = None, extras: Extr
         if job.tile is not None:
             factor = model.family.autoencoder.factor
             steps = tiled(steps, job.tile // factor, overlap_of(job) // factor, seamless_of(job))
-        runs.append(Run(steps, plan, scene.sigmas, watch))
+        runs.append(Run(steps, plan, scene.sigmas, watch, seeds=seeds_of(job)[which]))
     return runs
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.diffusion.guidance import Guidance, Options, Weighted, Window, plan
 from sfumato.families import Model
 from sfumato.families.conditioning import Sizes, TextOptions, alike, describe, encode
+from sfumato.models.reuse import reuse_of
 from sfumato.prompts.networks import Network, extract
 from sfumato.prompts.prompt import Part, parse
 from sfumato.tasks.extras import Extras
@@ -110,6 +111,8 @@ def guidance_options(job: Job, model: Model) -> Options:
         picture=picture,
         seamless=("x" in job.seamless, "y" in job.seamless),
         freeu=None if job.freeu is None else tuple(job.freeu),  # type: ignore[arg-type]
+        reuse=None if job.reuse is None else reuse_of(job.reuse),
+        tome=job.tome,
     )
 
 

@@ -6,6 +6,7 @@ memory map, so that nothing is in memory twice. Layouts, families and files have
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -26,6 +27,8 @@ from sfumato.weights.parts import Checkpoint, Pool, build, match, shapes_of
 from sfumato.weights.placing import fill
 
 log = logging.getLogger(__name__)
+
+SCALE_TOLERANCE = 0.01  # relative: of scales that were rounded in writing
 
 
 def open_checkpoint(
@@ -71,6 +74,7 @@ def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -
         match(taken, "autoencoder", pool, table, shapes)
         if problems := taken.problems():
             raise ValueError(f"it does not hold {family.name}'s autoencoder: {problems[0]}")
+        _check_scale(_scale_of(path, variant), family)
     except ValueError as error:
         text = str(error)
         raise ValueError(
@@ -79,6 +83,26 @@ def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -
     checkpoint.parts["autoencoder"] = taken.parts["autoencoder"]
     checkpoint.missing.pop("autoencoder", None)
     checkpoint.misshapen = [text for text in checkpoint.misshapen if original_names.AUTOENCODER not in text]
+
+
+def _scale_of(path: Path, variant: str | None) -> float | None:
+    """The scale of an autoencoder's latents that its file's header or its folder's config.json tells."""
+    if path.is_dir():
+        config = (path / "vae" if (path / "vae").is_dir() else path) / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        scale = found.get("scaling_factor") if isinstance(found, dict) else None
+        return float(scale) if isinstance(scale, (int, float)) else None
+    header = open_tensors(path).metadata.get("sfumato.family")
+    return None if header is None else Family.from_json(header).latent_scale
+
+
+def _check_scale(scale: float | None, family: Family) -> None:
+    """ValueError where an autoencoder tells that its latents have another scale than the U-Net was trained with."""
+    if scale is not None and abs(scale / family.latent_scale - 1) > SCALE_TOLERANCE:
+        raise ValueError(
+            f"its latents have the scale {scale:g}, the U-Net of {family.name} knows {family.latent_scale:g}: it is "
+            "another family's"
+        )
 
 
 def load_model(

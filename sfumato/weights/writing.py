@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Parts = Mapping[str, Mapping[str, Lazy]]
 Progress = Callable[[int], None]
+AVERAGES = "model_ema."  # names of the original layout's averaged weights
 HEADER = "sfumato.header"  # the single file's own metadata, as JSON, in the surplus file's
 
 
@@ -79,6 +80,17 @@ def in_precision(parts: Parts, dtype: torch.dtype | None) -> Parts:
     if dtype is None:
         return parts
     return {part: {name: lazy.to(dtype) for name, lazy in tensors.items()} for part, tensors in parts.items()}
+
+
+def averages_in(surplus: Mapping[str, Lazy], dtype: torch.dtype | None) -> dict[str, Lazy]:
+    """The surplus with its averaged weights in another precision; None leaves them, and what else there is stays."""
+
+    def is_average(name: str, lazy: Lazy) -> bool:
+        return name.startswith(AVERAGES) and lazy.dtype.is_floating_point and len(lazy.shape) > 0  # not their decay
+
+    return {
+        name: lazy.to(dtype) if dtype is not None and is_average(name, lazy) else lazy for name, lazy in surplus.items()
+    }
 
 
 def write(

@@ -28,7 +28,7 @@ class Options:
     `pag` and `sag` are scales, 0 is off; `rescale` in [0, 1]; `percentile` in (0, 1] turns dynamic thresholding on,
     Imagen's, or with a `mimic` scale that for latents; `freeu` is (b1, b2, s1, s2). The window is classifier-free
     guidance's alone. `seamless` are the directions (x, y) in which opposite edges of the picture meet;
-    `picture` is the scale of guidance by a picture that the network sees beside x.
+    `picture` is the scale of guidance by a picture that the network sees beside x. `reuse` and `tome` are NetState's.
     """
 
     scale: float = 1.0
@@ -42,6 +42,8 @@ class Options:
     freeu: tuple[float, float, float, float] | None = None
     seamless: tuple[bool, bool] = (False, False)
     picture: float | None = None
+    reuse: tuple[int, int] | None = None
+    tome: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("scale", "pag", "sag", "mimic"):
@@ -64,6 +66,10 @@ def plan(positive: Positive, negative: Told | None, options: Options, prediction
         state["freeu"] = options.freeu
     if any(options.seamless):
         state["seamless"] = options.seamless
+    if options.reuse is not None:
+        state["reuse"] = options.reuse
+    if options.tome:
+        state["tome"] = options.tome
     if state:
         positive = each_cond(positive, lambda cond: changed(cond, **state))
         if negative is not None:

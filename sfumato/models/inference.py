@@ -1,0 +1,213 @@
+"""What calls without gradients may spare: weights transformed once, keys and values of a text computed once.
+
+Owns what is kept from call to call, and notices when that which it was made of changes; and which way a convolution
+goes when there is no backward pass. float32 on a CPU only. Knows nothing of modules but linear layers.
+Letters: B batch, C channels in, O channels out, n = (m + 2)^2 products of a tile, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sfumato.models.winograd import BAND, Room, columns, convolve, transform
+
+CONTEXTS = 4  # kept at once: of a network's calls, those for a prompt and for what it is guided from may take turns
+
+# What a call costs on one AVX2 core, fitted to measurements (docs/performance.md): milliseconds for 1e9 products, for
+# 1e6 numbers of the weight that is multiplied with, for 1e6 numbers of the maps that are, and in any case.
+_COSTS = {
+    "direct": (21.7, 0.5, 0.3, 0.01),
+    "columns": (24.0, 0.3, 1.0, 0.1),
+    "winograd": (25.0, 0.4, 2.2, 0.15),
+}
+_ORDERED = 1_500_000  # numbers of a weight; what lies beyond, PyTorch's convolution brings into its own order each time
+_ORDERING = 3.8  # milliseconds for 1e6 of those
+_TRANSFORM = 0.9  # milliseconds for 1e6 numbers of a transformed weight that is not kept
+
+
+@cache
+def quickest(shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple[int, ...] = ()) -> str:
+    """Which way is likely the quickest for a 3 x 3 convolution of a map of `shape` (B, C, h, w), padded by a cell.
+
+    "direct" (PyTorch's own), "columns", "winograd2" or "winograd4"; of a forward pass alone. For the m in `kept` the
+    transformed weight is there, or will be kept.
+    """
+    batch, channels, height, width = shape
+    results = batch * -(-height // stride) * -(-width // stride)
+    weight = channels * out_channels
+    maps = batch * channels * height * width + results * out_channels
+
+    def cost(way: str, parallel: int, numbers: int, moved: int) -> float:
+        a, b, c, least = _COSTS[way]
+        return least + a * parallel * weight / 1e9 + b * numbers / 1e6 + c * moved / 1e6
+
+    costs = {
+        "direct": cost("direct", 9 * results, 9 * weight, maps) + _ORDERING * max(0, 9 * weight - _ORDERED) / 1e6,
+        "columns": cost("columns", 9 * results, 9 * weight, 9 * results * channels),
+    }
+    if stride == 1:
+        for m in (2, 4):
+            n, tiles = (m + 2) ** 2, batch * -(-height // m) * -(-width // m)
+            costs[f"winograd{m}"] = cost("winograd", n * tiles, n * weight, n * tiles * (channels + out_channels))
+            if m not in kept:
+                costs[f"winograd{m}"] += _TRANSFORM * n * weight / 1e6
+    return min(costs, key=lambda way: costs[way])
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether these are PyTorch's linear layers as they are: no delta beside them, no hook."""
+    return all(
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        for layer in layers
+    )
+
+
+def may_be_kept(*tensors: Tensor) -> bool:
+    """Whether calls with these go without gradients, in float32 on a CPU, and every later change will be seen."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+class _Made:
+    """The weights that something was made of, as they were: any later change of them is noticed.
+
+    An alias of each is held, which counts the same changes, so that no other tensor comes to lie where it lay.
+    """
+
+    def __init__(self, *weights: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.then = [weight.detach() for weight in weights]
+        self.versions = [alias._version for alias in self.then]
+
+    def still(self, *weights: Tensor) -> bool:
+        """Whether these are the same tensors in the same memory, nothing written to them since."""
+        return all(
+            weight.data_ptr() == alias.data_ptr()
+            and weight.shape == alias.shape
+            and weight.stride() == alias.stride()
+            and alias._version == version
+            for weight, alias, version in zip(weights, self.then, self.versions, strict=True)
+        )
+
+
+class Store(Room):
+    """A room that keeps, too, what calls without gradients need again: at most `most` bytes of transformed weights.
+
+    What is kept is dropped when a weight that it was made of is written to, moved, or replaced. Only writing through
+    `parameter.data` in place goes unseen, as it does to PyTorch: `forget` is for that. For one thread at a time.
+    """
+
+    def __init__(self, most: int = 0) -> None:
+        super().__init__()
+        self.most = most
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all that is kept; it is made again when it is needed."""
+        self._weights: Any = WeakIdKeyDictionary()
+        self._contexts: list[tuple[Tensor, WeakKeyDictionary[nn.Module, tuple[_Made, Tensor, Tensor]]]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of transformed weights that are kept now."""
+        return sum(4 * kept.numel() for _, _, kept in self._weights.values())
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor | None:
+        """The 3 x 3 convolution of x (B, C, h, w), a cell of zeros around it, in the quickest way; without gradients.
+
+        None where PyTorch's own is that. `weight` (O, C, 3, 3) is a parameter: what is kept goes when it does.
+        """
+        before = self._kept(weight)
+        may = (2, 4) if self.most and not weight.is_inference() else ()  # PyTorch counts no changes of those others
+        way = quickest(tuple(x.shape), weight.shape[0], stride, may if before is None else (before[0],))
+        if before is None and way.startswith("winograd") and not self._fits(weight, int(way[-1])):
+            way = quickest(tuple(x.shape), weight.shape[0], stride)
+            may = ()
+        if way == "direct":
+            return None
+        if way == "columns":
+            return columns(x, weight, bias, stride, self)
+        m = int(way[-1])
+        if before is None and m in may:
+            before = self._keep(weight, m)
+        return convolve(x, weight, bias, m, self, before[1] if before is not None and before[0] == m else None)
+
+    def _kept(self, weight: Tensor) -> tuple[int, Tensor] | None:
+        """m and the transformed weight, if there is one and nothing was written to the weight since."""
+        found = self._weights.get(weight)
+        if found is None:
+            return None
+        if not found[0].still(weight):
+            del self._weights[weight]
+            return None
+        return found[1], found[2]
+
+    def _fits(self, weight: Tensor, m: int) -> bool:
+        return self.num_bytes + 4 * (m + 2) ** 2 * weight.shape[0] * weight.shape[1] <= self.most
+
+    def _keep(self, weight: Tensor, m: int) -> tuple[int, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            made = transform(weight, m)
+        self._weights[weight] = _Made(weight), m, made
+        return m, made
+
+    def known(self, context: Tensor) -> Tensor:
+        """The tensor that stands for a context (B, L, D): of several that are equal the first, a copy of it.
+
+        Whose keys and values are wanted again and again is known by it: see `keys_values`.
+        """
+        for index, pair in enumerate(self._contexts):
+            if pair[0].shape == context.shape and torch.equal(pair[0], context):
+                self._contexts.append(self._contexts.pop(index))
+                return pair[0]
+        with torch.inference_mode(False):
+            stands = context.detach().clone()
+        self._contexts = [*self._contexts[1 - CONTEXTS :], (stands, WeakKeyDictionary())]
+        return stands
+
+    def keys_values(self, context: Tensor, to_k: nn.Linear, to_v: nn.Linear) -> tuple[Tensor, Tensor]:
+        """to_k and to_v of the context (B, L, D); of one that is `known` they are computed once."""
+        made = next((made for stands, made in self._contexts if stands is context), None)
+        if made is None or to_k.weight.is_inference() or to_v.weight.is_inference():
+            return to_k(context), to_v(context)
+        found = made.get(to_k)
+        if found is None or not found[0].still(to_k.weight, to_v.weight):
+            found = made[to_k] = _Made(to_k.weight, to_v.weight), to_k(context), to_v(context)
+        return found[1], found[2]
+
+    def gated(self, x: Tensor, first: nn.Linear, last: nn.Linear) -> Tensor:
+        """last(value * gelu(gate)) of x (B, L, D), with (value, gate) = first(x); some rows after others.
+
+        So what lies between stays in the cache: for x of 4096 tokens and more it is tens of megabytes otherwise.
+        """
+        rows, inner = x.reshape(-1, x.shape[-1]), last.in_features
+        out = x.new_empty(rows.shape[0], last.out_features)
+        step = max(128, BAND // (8 * inner))
+        if 2 * rows.shape[0] <= step:  # small enough as it is
+            value, gate = first(x).chunk(2, dim=-1)
+            return last(value * torch.nn.functional.gelu(gate))
+        weights, biases = first.weight.split(inner), first.bias.split(inner)
+        for begin in range(0, rows.shape[0], step):
+            part = rows[begin : begin + step]
+            value, gate = (self.take(name, part.shape[0], inner) for name in ("value", "gate"))
+            for into, weight, bias in zip((value, gate), weights, biases, strict=True):
+                torch.addmm(bias, part, weight.t(), out=into)
+            value.mul_(torch.ops.aten.gelu_(gate))
+            torch.addmm(last.bias, value, last.weight.t(), out=out[begin : begin + step])
+        return out.view(*x.shape[:-1], last.out_features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Store:
+        return Store(self.most)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Any, ...]]:
+        return Store, (self.most,)
