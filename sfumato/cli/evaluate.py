@@ -82,6 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--reference", type=int, metavar="N", default=REFERENCE, help="real pictures, at most (default: %(default)s)")
     add("--seed", type=int, metavar="N", default=0, help="of the captions' order and the noise (default: %(default)s)")
     add("--batch", type=int, metavar="N", default=16, help="pictures drawn together (default: %(default)s)")
+    add("--fast", action="store_true", help="on a CPU: each layer in its fastest way, which rounds differently")
     add_probe_flags(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--predictor", metavar="FILE", help="linear or MLP predictor, as LAION publishes them")
@@ -246,7 +247,7 @@ def draw_and_measure(args: argparse.Namespace) -> int:
 
     with _bar(len(labels) * len(guidance) * len(captions), "drawing") as bar:
         for label, path in labels.items():
-            pipeline = Pipeline.from_pretrained(path, args.device, args.precision, use_ema=args.ema)
+            pipeline = Pipeline.from_pretrained(path, args.device, args.precision, use_ema=args.ema, fast=args.fast)
             for scale in guidance:
                 measure(label, pipeline, scale, False, bar.update)
             for scale in guidance:
