@@ -35,6 +35,7 @@ TINY = replace(
     ),
     autoencoder=AutoencoderConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4, norm_groups=4),
     size=16,
+    latent_scale=0.73793,
     defaults=Defaults(steps=4, guidance=3.0, sampler="dpmpp_2m"),
 )
 

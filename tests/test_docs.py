@@ -171,7 +171,7 @@ def test_how_it_works_draws_with_no_more_than_it_shows():
     (block,) = [each for each in blocks(DOCS / "how-it-works" / "index.md") if each.kind == "python"]
     shown: dict = {}
     exec(compile(block.text.replace('"karras", schedule, 20', '"karras", schedule, 6'), "index.md", "exec"), shown)
-    red, green, blue = shown["pixels"][0, :, 24:40, 24:40].mean((1, 2)).tolist()
+    red, green, blue = shown["pixels"][0, :, 48:80, 48:80].mean((1, 2)).tolist()
     assert red > 0.4 > 0 > max(green, blue)
 
 

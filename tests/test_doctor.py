@@ -50,7 +50,7 @@ def test_what_is_told_names_every_part(report):
 
 
 def test_another_picture_is_told():
-    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels = np.full((128, 128, 3), 255, np.uint8)
     facts = doctor.compared(pixels, "float32")
     assert "from the expected one" in facts["problem"] and facts["difference"] > 200
     assert facts["seen"] == [[255.0] * 3] * 16
@@ -58,9 +58,9 @@ def test_another_picture_is_told():
 
 def test_a_picture_that_is_off_by_a_little_passes_and_by_more_does_not():
     blocks = np.array(doctor.EXPECTED, np.uint8).reshape(4, 4, 3)
-    picture = blocks.repeat(16, 0).repeat(16, 1)
+    picture = blocks.repeat(32, 0).repeat(32, 1)
     assert doctor.compared(picture, "float32")["difference"] == 0
-    picture[:16, :16, 0] -= 3
+    picture[:32, :32, 0] -= 3
     assert "problem" in doctor.compared(picture, "float32")
     assert "problem" not in doctor.compared(picture, "bfloat16")
 

@@ -29,13 +29,13 @@ def test_draw_saves_pictures_with_recipes(tmp_path, monkeypatch):
     paths = example("draw").main(steps=2)
     assert [path.name for path in paths] == [f"apple-{seed}.png" for seed in (7, 8, 9, 10)]
     pixels, recipe = load_png(paths[3])
-    assert pixels.shape == (64, 64, 3) and recipe["index"] == 3 and recipe["job"]["seed"] == 7
+    assert pixels.shape == (128, 128, 3) and recipe["index"] == 3 and recipe["job"]["seed"] == 7
 
 
 def test_an_own_sampler_draws_an_apple_and_goes_again():
     before = dict(SAMPLERS)
     picture = example("own_sampler").main(steps=6).astype(float)
-    red, green, blue = picture[24:40, 24:40].mean((0, 1))
+    red, green, blue = picture[48:80, 48:80].mean((0, 1))
     assert red > 1.5 * green and red > 1.5 * blue
     assert before == SAMPLERS
 

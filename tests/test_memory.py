@@ -107,7 +107,7 @@ def test_a_sliced_block_can_be_trained() -> None:
 @pytest.fixture(scope="module")
 def random_decoder() -> Autoencoder:
     torch.manual_seed(1)
-    return Autoencoder(BOX.autoencoder).eval()
+    return Autoencoder(replace(BOX.autoencoder, latent_channels=16)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,10 @@ def test_tiles_have_no_seam(which: str, request: pytest.FixtureRequest, monkeypa
         tiled = tiling.decode(network, z, tile=96, overlap=32)
         monkeypatch.setattr(tiling, "_fade", lambda x: (x > 0.5).double())
         switched = tiling.decode(network, z, tile=96, overlap=32)
-    assert step_at(tiled, [64, 72, 80, 88, 96]) < 2  # 1.75 in the box's plain decode
-    assert step_at(switched, [64, 72, 80, 88, 96]) > 3
+        plain = network.decode(z)
+    columns = [64, 72, 80, 88, 96]
+    limit = max(2.0, 1.2 * step_at(plain, columns))
+    assert step_at(tiled, columns) < limit and step_at(switched, columns) > 1.5 * limit
 
 
 def test_tiles_of_the_box_are_close_to_the_whole(box_decoder: Autoencoder) -> None:

@@ -160,7 +160,7 @@ def test_tiny_decoders_are_read_in_every_layout(layout: str, taesd: TinyAutoenco
 def test_a_tiny_decoder_of_other_latents_is_refused(taesd: TinyAutoencoder, tmp_path: Path) -> None:
     torch.save(taesd.decoder.state_dict(), tmp_path / "taesd.pth")
     with pytest.raises(ValueError, match=r"taesd\.pth.*not a tiny decoder of 16 latent channels \(1\.weight"):
-        tiny(tmp_path / "taesd.pth", BOX)
+        tiny(tmp_path / "taesd.pth", replace(BOX, autoencoder=replace(BOX.autoencoder, latent_channels=16)))
 
 
 def levels_kept(count: int, **options: int) -> tuple[Recorder, list[np.ndarray]]:

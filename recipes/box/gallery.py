@@ -19,7 +19,6 @@ from PIL import Image
 from sfumato.cli.main import main as sfumato
 from sfumato.images import resize
 
-ENLARGED = 3  # the box draws 64 px
 GAP = 6
 APPLE, BLUE = "a red apple on a blue background", "a blue background"
 
@@ -50,8 +49,8 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def row(pictures: Sequence[np.ndarray], scale: int = ENLARGED) -> np.ndarray:
-    """Pictures side by side on white, enlarged so that their pixels are seen."""
+def row(pictures: Sequence[np.ndarray], scale: int = 1) -> np.ndarray:
+    """Pictures side by side on white, each pixel enlarged to `scale`."""
     large = [resize(one[None], one.shape[1] * scale, one.shape[0] * scale, "nearest")[0] for one in pictures]
     height = max(one.shape[0] for one in large)
     sheet = np.full((height, sum(one.shape[1] + GAP for one in large) - GAP, 3), 255, dtype=np.uint8)
@@ -71,9 +70,9 @@ def rows(*some: np.ndarray) -> np.ndarray:
 
 def masks(folder: Path) -> tuple[str, str]:
     """A disc with a hard edge and one whose edge is grey, as files."""
-    y, x = np.mgrid[:64, :64]
-    away = np.hypot(x - 32, y - 36)
-    found = {"hard": away < 22, "soft": np.clip((34 - away) / 20, 0, 1)}
+    y, x = np.mgrid[:128, :128]
+    away = np.hypot(x - 64, y - 72)
+    found = {"hard": away < 44, "soft": np.clip((68 - away) / 40, 0, 1)}
     for name, mask in found.items():
         Image.fromarray((255 * mask).astype(np.uint8)).save(folder / f"{name}.png")
     return str(folder / "hard.png"), str(folder / "soft.png")
@@ -97,7 +96,7 @@ def draw_all(folder: Path, out: Path) -> None:
     save("img2img", row([apple, *strengths]))
 
     mask = ["--prompt", "a sunflower on a blue background", "--seed", "2"]
-    alone = ["--strength", "0.9", "--only-masked", "--padding", "4"]
+    alone = ["--strength", "0.9", "--only-masked", "--padding", "8"]
     inpainted = [
         studio.picture("inpaint", *image, "--mask", hard, *mask),
         studio.picture("inpaint", *image, "--mask", hard, *mask, "--strength", "1", "--fill", "noise"),
@@ -110,9 +109,9 @@ def draw_all(folder: Path, out: Path) -> None:
 
     beyond = ["--prompt", BLUE, "--seed", "3", "--guidance", "3"]
     save("outpaint", rows(
-        row([apple, studio.picture("outpaint", *image, "--left", "32", "--right", "32", *beyond),
-             studio.picture("outpaint", *image, "--left", "32", "--right", "32", "--fill", "fill", *beyond)]),
-        row([studio.picture("outpaint", *image, "--left", "64", "--right", "64", "--up", "32", "--down", "32", "--fill",
+        row([apple, studio.picture("outpaint", *image, "--left", "64", "--right", "64", *beyond),
+             studio.picture("outpaint", *image, "--left", "64", "--right", "64", "--fill", "fill", *beyond)]),
+        row([studio.picture("outpaint", *image, "--left", "128", "--right", "128", "--up", "64", "--down", "64", "--fill",
                             "fill", *beyond)]),
     ))  # fmt: skip
 
@@ -122,12 +121,12 @@ def draw_all(folder: Path, out: Path) -> None:
         studio.picture("upscale", *image, "--factor", "4", "--prompt", APPLE, "--strength", "0.3"),
     ], 1))  # fmt: skip
 
-    wide = studio.picture("txt2img", "--prompt", "a red apple on a white background", "--width", "192", "--tile", "64",
+    wide = studio.picture("txt2img", "--prompt", "a red apple on a white background", "--width", "384", "--tile", "128",
                           "--seed", "5")  # fmt: skip
     plain = studio.picture("txt2img", "--prompt", "a sunflower on a green background", "--seed", "6")
     meeting = studio.picture("txt2img", "--prompt", "a sunflower on a green background", "--seed", "6",
                              "--seamless", "xy")  # fmt: skip
-    save("tiles", rows(row([wide]), row([np.tile(plain, (2, 2, 1)), np.tile(meeting, (2, 2, 1))], 2)))
+    save("tiles", rows(row([wide]), row([np.tile(plain, (2, 2, 1)), np.tile(meeting, (2, 2, 1))])))
 
     seen = studio.run("txt2img", "--prompt", APPLE, "--seed", "4", "--film", "png", "--preview", "full",
                       "--where", "apple", "--where", "blue")  # fmt: skip

@@ -27,14 +27,12 @@ PROMPTS = (
 GUIDANCES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 SWEPT = ("3d octopus on a blue background", "a red apple", "a cartoon cat on a yellow background")
 NEGATIVES = ("", "blue", "white background", "3d")
-SCALE = 2  # pictures are enlarged so much for the sheet
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def labelled(image: np.ndarray, text: str) -> np.ndarray:
-    """A row of pictures (H, W, 3), enlarged, with its prompt below."""
+    """A row of pictures (H, W, 3) with its prompt below."""
     picture = Image.fromarray(image)
-    picture = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (picture.width, picture.height + 20), PAPER)
     sheet.paste(picture)
     ImageDraw.Draw(sheet).text((4, picture.height + 3), text, fill=INK, font=ImageFont.load_default(12))

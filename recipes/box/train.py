@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recipes.box.shape import BOX
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.schedule import NoiseSchedule
+from sfumato.families import BOX
 from sfumato.families.conditioning import encode_captions
 from sfumato.images import grid, save_png
 from sfumato.models.autoencoder import Autoencoder
@@ -86,15 +86,11 @@ def begin(run: str, weights: Mapping[str, Tensor], origin: str) -> None:
     save_safetensors(state_path(run), tensors, {"step": "0", "from": origin})
 
 
-def new_autoencoder() -> Autoencoder:
-    """The box's autoencoder with the weights that training starts from: the shipped box's where their shapes agree.
-
-    Shapes differ around the latents, where there were 16 channels before.
-    """
+def new_autoencoder(fresh: bool) -> Autoencoder:
+    """The autoencoder that training starts from: the shipped box's, or random weights."""
     network = initialise(Autoencoder(BOX.autoencoder), seed=0)
-    weights = network.state_dict()
-    shipped = load_model(box_path()).autoencoder.state_dict()
-    network.load_state_dict(weights | {name: w for name, w in shipped.items() if w.shape == weights[name].shape})
+    if not fresh:
+        network.load_state_dict(load_model(box_path()).autoencoder.state_dict())
     place(network, CPU, torch.float32)
     return network
 
@@ -107,7 +103,7 @@ def train_autoencoder(options: Options) -> None:
         checkpoint_every=250,
     )  # fmt: skip
     data = CaptionedShards(options.data, BOX.size, keep_in_memory=False)
-    network = new_autoencoder()
+    network = new_autoencoder(options.fresh)
     hasten(network)
     if options.start and not state_path(options.run).exists():
         begin(options.run, ema_weights(state_path(options.start)), options.start)
@@ -163,30 +159,11 @@ def cache_latents(options: Options) -> None:
         log.info("%s: deviation %.4f, latent_scale %.5f", folder, deviation, 1 / deviation)
 
 
-def inner_name(name: str) -> str | None:
-    """The smaller U-Net's name of a parameter of ours, which has one level more around it; None outside of it."""
-    if name.startswith(("time_embed", "out.")):
-        return None
-    side, _, rest = name.partition(".")
-    if side == "middle_block":
-        return name
-    number, _, rest = rest.partition(".")
-    shift = BOX.unet.num_res_blocks + 1
-    if side == "input_blocks":
-        return f"{side}.{int(number) - shift}.{rest}" if int(number) > shift else None
-    return f"{side}.{number}.{rest}"
-
-
 def new_unet(fresh: bool) -> UNet:
-    """The U-Net that training starts from: the shipped box's of 64 px within, where shapes agree, or random weights."""
+    """The U-Net that training starts from: the shipped box's, or random weights."""
     unet = UNet(BOX.unet)
-    if fresh:
-        return unet
-    weights, shipped = unet.state_dict(), load_model(box_path()).unet.state_dict()
-    found = {name: shipped.get(inner_name(name) or "") for name in weights}
-    same = {name: w for name, w in found.items() if w is not None and w.shape == weights[name].shape}
-    log.info("%d of %d parameters are those of the shipped U-Net", len(same), len(weights))
-    unet.load_state_dict(weights | same)
+    if not fresh:
+        unet.load_state_dict(load_model(box_path()).unet.state_dict())
     return unet
 
 
@@ -284,7 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--min-snr", type=float, default=5.0, help="gamma of diffusion's weights; 0: plain (default: 5)"
     )
-    parser.add_argument("--fresh", action="store_true", help="diffusion starts from random weights")
+    parser.add_argument("--fresh", action="store_true", help="start from random weights, not the shipped")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
     if args.stage in ("autoencoder", "clip", "diffusion") and args.steps < 1:
