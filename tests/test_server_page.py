@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -363,7 +363,17 @@ def test_a_mask_is_brushed_in_a_browser(url: str, desk: Desk, tmp_path: Path) ->
 
 @pytest.mark.services
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_progress_is_live_and_a_running_job_is_cancelled_in_a_browser(url: str, desk: Desk) -> None:
+def test_progress_is_live_and_a_running_job_is_cancelled_in_a_browser(
+    url: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = desk.pipeline.model.unet.forward
+
+    def slowly(*args: Any, **named: Any) -> Any:
+        time.sleep(0.2)
+        return forward(*args, **named)
+
+    # Else it may be over before the button is pressed.
+    monkeypatch.setattr(desk.pipeline.model.unet, "forward", slowly)
     with browsing(url) as page:
         page.locator("#prompt textarea").fill("a long one")
         page.get_by_text("Advanced", exact=True).click()

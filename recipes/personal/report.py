@@ -25,7 +25,7 @@ from sfumato.pipeline import Pipeline
 log = logging.getLogger(__name__)
 
 OUT = Path("docs/personal")
-STYLE_COUNT, EDGES_COUNT = 200, 2000  # pictures
+STYLE_COUNT, EDGES_COUNT = 200, 1000  # pictures
 
 
 def make_pictures(kind: str, data: Path, size: int) -> None:

@@ -39,8 +39,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         f"--activation mish --ema-decay 0.95 {SHARED}",
     ),
     "edges": (
-        "sfumato train controlnet --data data/personal/edges --annotate canny --out runs/personal/edges --steps 1500 "
-        "--batch 4 --lr 1e-3 --warmup 20 --decay cosine --ema-decay 0.97 --checkpoint-every 500",
+        "sfumato train controlnet --data data/personal/edges --annotate canny --out runs/personal/edges --steps 1300 "
+        "--batch 8 --lr 2e-3 --warmup 20 --decay cosine --ema-decay 0.97 --checkpoint-every 500",
     ),
 }  # fmt: skip
 
