@@ -111,8 +111,8 @@ def draw_all(folder: Path, out: Path) -> None:
     save("outpaint", rows(
         row([apple, studio.picture("outpaint", *image, "--left", "64", "--right", "64", *beyond),
              studio.picture("outpaint", *image, "--left", "64", "--right", "64", "--fill", "fill", *beyond)]),
-        row([studio.picture("outpaint", *image, "--left", "128", "--right", "128", "--up", "64", "--down", "64", "--fill",
-                            "fill", *beyond)]),
+        row([studio.picture("outpaint", *image, "--left", "128", "--right", "128", "--up", "64", "--down", "64",
+                            "--fill", "fill", *beyond)]),
     ))  # fmt: skip
 
     save("upscale", row([
