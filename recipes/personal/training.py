@@ -21,7 +21,7 @@ SPENT = "spent.json"
 SHARED = "--batch 5 --warmup 20 --decay cosine --checkpoint-every 1000"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "lora": (
-        f"sfumato train lora --data data/personal/subject --out runs/personal/creature --steps 900 --rank 16 --lr 2e-3 "
+        f"sfumato train lora --data data/personal/subject --out runs/personal/creature --steps 400 --rank 16 --lr 2e-3 "
         f"--ema-decay 0.95 {SHARED}",
     ),
     "inversion": (
