@@ -34,7 +34,7 @@ def test_draw_saves_pictures_with_recipes(tmp_path, monkeypatch):
 
 def test_an_own_sampler_draws_an_apple_and_goes_again():
     before = dict(SAMPLERS)
-    picture = example("own_sampler").main(steps=6).astype(float)
+    picture = example("own_sampler").main(steps=10).astype(float)
     red, green, blue = picture[48:80, 48:80].mean((0, 1))
     assert red > 1.5 * green and red > 1.5 * blue
     assert before == SAMPLERS

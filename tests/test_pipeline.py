@@ -76,7 +76,7 @@ def test_the_published_example_with_the_import_changed(tmp_path):
     with autocast("cpu"):
         image = pipe(prompt, num_inference_steps=2)["sample"][0]
     image.save(tmp_path / "astronaut_rides_horse.png")
-    assert image.size == (64, 64) and image.mode == "RGB"
+    assert image.size == (128, 128) and image.mode == "RGB"
     assert isinstance(pipe(prompt, num_inference_steps=1).images[0], Image.Image)
 
 

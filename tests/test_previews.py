@@ -157,10 +157,17 @@ def test_tiny_decoders_are_read_in_every_layout(layout: str, taesd: TinyAutoenco
     assert (tiny(path, SD1)(x0) == expected).all()
 
 
+SIXTEEN = replace(
+    BOX,
+    unet=replace(BOX.unet, in_channels=16, out_channels=16),
+    autoencoder=replace(BOX.autoencoder, latent_channels=16),
+)
+
+
 def test_a_tiny_decoder_of_other_latents_is_refused(taesd: TinyAutoencoder, tmp_path: Path) -> None:
     torch.save(taesd.decoder.state_dict(), tmp_path / "taesd.pth")
     with pytest.raises(ValueError, match=r"taesd\.pth.*not a tiny decoder of 16 latent channels \(1\.weight"):
-        tiny(tmp_path / "taesd.pth", replace(BOX, autoencoder=replace(BOX.autoencoder, latent_channels=16)))
+        tiny(tmp_path / "taesd.pth", SIXTEEN)
 
 
 def levels_kept(count: int, **options: int) -> tuple[Recorder, list[np.ndarray]]:

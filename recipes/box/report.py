@@ -4,7 +4,7 @@
         --real data/judge-test --real-held-out data/judge-test-held --out docs/box
 
 Prompts are made here in the plainest words: every (thing, style) that training showed, the pairs that it never showed,
-and scenes of two things. Nothing is picked. Writes report.json and neighbours.png.
+and scenes of two things. Nothing is picked. Writes report.json and sheets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from recipes.box.captions import BACKGROUNDS, RELATIONS, STYLES
 from recipes.box.judge import THINGS, Pictures, answers, load_judge, scores, truth
 from recipes.box.things import BOX, COMMON, HELD_OUT, with_article
-from sfumato.images import grid, save_png
+from sfumato.images import grid
 from sfumato.pipeline import Pipeline
 from sfumato.types import Job
 
@@ -120,6 +120,11 @@ def nearest(pixels: np.ndarray, data: Pictures) -> tuple[np.ndarray, np.ndarray]
     return np.stack([data.pixels(int(index)) for index in place]), best
 
 
+def save_sheet(path: Path, pixels: np.ndarray) -> None:
+    """A sheet of many pictures (H, W, 3) uint8, as JPEG: as PNG it would be five times as large."""
+    Image.fromarray(pixels).save(path, quality=90)
+
+
 def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     """Every share, of drawn and of real pictures."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +141,7 @@ def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
         seen = pixels if seen is None else seen
         right = torch.tensor([each.answers for each in asked])
         found[name] = scores(answers(judge, pixels), right)
-        save_png(args.out / f"report-{name.replace(' ', '-')}.png", grid(pixels[:96], columns=12))
+        save_sheet(args.out / f"report-{name.replace(' ', '-')}.jpg", grid(pixels[:96], columns=12))
     pixels, right, is_scene = real(args.real, 2000, pipe.model.family.size)
     scene = torch.tensor(is_scene)
     told = answers(judge, pixels)
@@ -148,7 +153,8 @@ def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     beside, apart = nearest(seen[:100], Pictures(args.data))
     log.info("nearest training picture: %.1f of 255 away in the mean, %.1f at least", apart.mean(), apart.min())
     found["nearest training picture"] = {"mean distance": float(apart.mean()), "least": float(apart.min())}
-    save_png(args.out / "neighbours.png", grid(np.stack([seen[:100], beside], 1).reshape(-1, *seen.shape[1:]), 20))
+    pairs = np.stack([seen[:100], beside], 1).reshape(-1, *seen.shape[1:])
+    save_sheet(args.out / "neighbours.jpg", grid(pairs, columns=20))
     return found
 
 
