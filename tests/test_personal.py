@@ -273,7 +273,7 @@ def test_the_page_is_told_what_the_reports_say(tmp_path):
         "after": {name: {"likeness": 0.75, "recognised": 1.0} for name in ("judge", "efficientnet-lite0")},
         "other things": {"right before": 0.8, "right after": 0.7},
     }
-    told = {"trained": [{"seconds": 90.0}], "figures": figures}
+    told = {"trained": [{"core seconds": 90.0}], "figures": figures}
     (tmp_path / "lora.json").write_text(json.dumps(told), encoding="utf-8")
     written = tmp_path / "page.md"
     written.write_text(f"above\n\n{page.BEGIN}old\n{page.END}\nbelow\n", encoding="utf-8")

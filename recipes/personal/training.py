@@ -30,9 +30,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "dreambooth": (
         f"sfumato train dreambooth --data data/personal/subject --out runs/personal/whole --steps 250 --lr 2e-4 "
-        f"--ema-decay 0.95 {SHARED} --class-prompt 'a penguin' --class-count 40 --class-steps 15",
+        f"--ema-decay 0.95 {SHARED} --train-text --class-prompt 'a penguin' --class-count 80 --class-steps 15",
         f"sfumato train dreambooth --data data/personal/subject --out runs/personal/alone --steps 250 --lr 2e-4 "
-        f"--ema-decay 0.95 {SHARED}",
+        f"--ema-decay 0.95 {SHARED} --train-text",
     ),
     "style": (
         f"sfumato train hypernetwork --data data/personal/style --out runs/personal/glossy --steps 500 --lr 1e-3 "
@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "edges": (
         "sfumato train controlnet --data data/personal/edges --annotate canny --out runs/personal/edges --steps 1300 "
-        "--batch 8 --lr 2e-3 --warmup 20 --decay cosine --ema-decay 0.97 --checkpoint-every 500",
+        "--batch 8 --lr 2e-3 --min-snr 1 --warmup 20 --decay cosine --ema-decay 0.97 --checkpoint-every 500",
     ),
 }  # fmt: skip
 
