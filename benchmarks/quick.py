@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable
 
 import torch
+from recipes.box.shape import BOX
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, Ratio, apart, machine, paired, ratio, roofline
 from benchmarks.unet_call import drawing, inputs, ours, theirs, weights
-from recipes.box.shape import BOX
 from sfumato.models.layers import Conv2d, hasten
-from sfumato.models.unet import FeedForward
+from sfumato.models.transformer import FeedForward
 
 RECORDED = RESULTS / "quick.json"
 SLOWER = 1.2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,11 +36,14 @@ Wear = Callable[[tuple[Hashable, ...]], None]
 
 @dataclass
 class _Kept:
-    """What a U-Net's deep part made of a row, `age` calls ago; `owner` is held so that its id stays its own."""
+    """What a U-Net's deep part made of the rows of one query, by their slots, `age` queries ago: see `_Row.slot`.
 
-    deep: Tensor
-    owner: Tensor
+    `owners` are the contexts of these rows, held so that their ids stay their own.
+    """
+
     age: int = 0
+    deep: dict[Hashable, Tensor] = field(default_factory=dict)
+    owners: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Run:
 
     What is pending is `query`, at the moment `at`, for which its guidance has `asked`. In the end there is a `result`,
     or the `error` that it failed with, or neither where it was cancelled. Each picture has one of the `seeds`, where
-    merged cells are chosen by them; `deep` is what its rows keep of the U-Net's deep part, see `_Row.slot`.
+    merged cells are chosen by them; `deep` is what its queries keep of the U-Net's deep part, by their windows.
     """
 
     steps: Steps
@@ -108,9 +111,10 @@ class Run:
 class _Row:
     """One row of a network call: its run, the place of its cond in what was asked, and one picture's x.
 
-    Where it reuses, `slot` is what the run keeps its deep part by: equal for rows that one prompt, told in one way,
-    has for one picture in one tile (`owner` is the prompt's context whole, whose id is in it). What is `given` was kept
-    there, and is young enough. `state` says nothing of reuse.
+    Where it reuses, `slot` is what its query keeps its deep part by: equal for rows that one prompt, told in one way,
+    has for one picture (`owner` is the prompt's context whole, whose id is in it). Either all rows of a query are
+    `given` what was kept of one earlier query, or none is, as guidance compares them; then it goes into `kept`. `state`
+    says nothing of reuse.
     """
 
     run: int
@@ -125,9 +129,10 @@ class _Row:
     steered: tuple[Steer, ...]
     reuse: tuple[int, int] | None
     slot: Hashable
-    given: Tensor | None
     owner: Tensor
     seed: int
+    given: Tensor | None = None
+    kept: _Kept | None = None
 
     @property
     def key(self) -> Hashable:
@@ -204,11 +209,16 @@ class Engine:
         return [run.result for run in runs]
 
     def turn(self, runs: Sequence[Run]) -> None:
-        """Answer what every run asks, once. A run that fails has its `error` and ends; the others go on."""
+        """Answer what every run asks, once. A run that fails has its `error` and ends; the others go on.
+
+        Once none of these runs asks more, the U-Net keeps no texts of theirs.
+        """
         replies = self._replies(runs)
         for index, run in enumerate(runs):
             if run.asked is not None:
                 run.settle([replies[index, place] for place in range(len(run.asked.rows))])
+        if self.model.unet.room is not None and all(run.query is None for run in runs):
+            self.model.unet.room.forget_texts()
 
     def _replies(self, runs: Sequence[Run]) -> dict[tuple[int, int], Reply]:
         """The reply to every row asked, by (run, place); runs whose call failed or was not finite have ended."""
@@ -237,7 +247,7 @@ class Engine:
                 finite.append(reply.x0.isfinite().flatten(1).all(dim=1))
                 for place, row in enumerate(part):
                     found[row.run, row.place].append(_picture(reply, place))
-                    _keep(runs[row.run], row, deep, place)
+                    _keep(row, deep, place)
         for row, good in zip(answered, torch.cat(finite).tolist() if finite else [], strict=True):
             if not good:
                 runs[row.run].fail(self._not_finite(runs[row.run]))
@@ -284,31 +294,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _rows(runs: Sequence[Run], factor: int) -> Iterable[_Row]:
+def _rows(runs: Sequence[Run], factor: int) -> Iterator[_Row]:
+    """What every run asks, row by row."""
     for index, run in enumerate(runs):
-        if run.query is None or run.asked is None:
-            continue
-        at = 0.0 if run.at is None else run.at.fraction
-        for place, cond in enumerate(run.asked.rows):
-            worn = tuple(worn.what for worn in cond.worn if worn.start <= at < worn.end)
-            steered = tuple(_part(steer, run.query, factor) for steer in cond.steered if steer.start <= at < steer.end)
-            for picture, x in enumerate(run.asked.x):
-                context = cond.context[0 if len(cond.context) == 1 else picture]
-                vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
-                if concat is not None and run.query.window is not None:
-                    concat = crop(concat, run.query.window)
-                state = _state(cond.state, run.query)
-                reuse = None if state is None else state.reuse
-                if state is not None and reuse is not None:
-                    plain = replace(state, reuse=None)
-                    state = None if plain == NetState() else plain  # as of rows that reuse nothing: they share calls
-                slot = (place, picture, id(cond.context), state, worn, steered, run.query.window)
-                kept = None if reuse is None else run.deep.get(slot)
-                given = None if kept is None or reuse is None or kept.age + 1 >= reuse[0] else kept.deep
-                yield _Row(
-                    index, place, x, run.query.sigma, context, vector, concat, state, worn, steered,
-                    reuse, slot, given, cond.context, _seed(run, picture),
-                )  # fmt: skip
+        if run.query is not None and run.asked is not None:
+            rows = list(_rows_of(index, run, run.query, run.asked, factor))
+            yield from _reusing(run, run.query, rows) if any(row.reuse for row in rows) else rows
+
+
+def _reusing(run: Run, query: Query, rows: Sequence[_Row]) -> Sequence[_Row]:
+    """The rows of a query, given what an earlier one of the same tile kept, where that is young and holds them all.
+
+    Where it is not, it is dropped, and what is made of these rows is kept.
+    """
+    kept, every = run.deep.get(query.window), min(row.reuse[0] for row in rows if row.reuse is not None)
+    if kept is not None and kept.age + 1 < every and all(row.slot in kept.deep for row in rows):
+        kept.age += 1
+        return [replace(row, given=kept.deep[row.slot]) for row in rows]
+    fresh = run.deep[query.window] = _Kept(owners=[row.owner for row in rows])
+    return [replace(row, kept=fresh) for row in rows]
+
+
+def _rows_of(index: int, run: Run, query: Query, asked: Ask, factor: int) -> Iterator[_Row]:
+    at = 0.0 if run.at is None else run.at.fraction
+    for place, cond in enumerate(asked.rows):
+        worn = tuple(worn.what for worn in cond.worn if worn.start <= at < worn.end)
+        steered = tuple(_part(steer, query, factor) for steer in cond.steered if steer.start <= at < steer.end)
+        for picture, x in enumerate(asked.x):
+            context = cond.context[0 if len(cond.context) == 1 else picture]
+            vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
+            if concat is not None and query.window is not None:
+                concat = crop(concat, query.window)
+            state = _state(cond.state, query)
+            reuse = None if state is None else state.reuse
+            if state is not None and reuse is not None:
+                plain = replace(state, reuse=None)
+                state = None if plain == NetState() else plain  # as of rows that reuse nothing: they share calls
+            slot = (place, picture, id(cond.context), state, worn, steered)
+            yield _Row(
+                index, place, x, query.sigma, context, vector, concat, state, worn, steered,
+                reuse, slot, cond.context, _seed(run, picture),
+            )  # fmt: skip
 
 
 def _seed(run: Run, picture: int) -> int:
@@ -333,14 +359,10 @@ def _merging(rows: Sequence[_Row]) -> Merging | None:
     return Merging(ratio, [torch.Generator().manual_seed(row.seed) for row in rows]) if ratio else None
 
 
-def _keep(run: Run, row: _Row, deep: Deep | None, place: int) -> None:
-    """Keep what the deep part made of a row, the call's `place`-th; or note that it was taken once more."""
-    if row.reuse is None or deep is None:
-        return
-    if row.given is None:
-        run.deep[row.slot] = _Kept(deep.kept[row.reuse[1]][place].clone(), row.owner)
-    else:
-        run.deep[row.slot].age += 1
+def _keep(row: _Row, deep: Deep | None, place: int) -> None:
+    """Keep what the deep part made of a row, the call's `place`-th, where it is to be kept."""
+    if row.kept is not None and row.reuse is not None and deep is not None:
+        row.kept.deep[row.slot] = deep.kept[row.reuse[1]][place].clone()
 
 
 def _part(steer: Steer, query: Query, factor: int) -> Steer:

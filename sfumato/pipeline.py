@@ -181,6 +181,12 @@ class Pipeline:
             hasten(self.model.unet, keep=self.fast_bytes)
             hasten(self.model.autoencoder)
 
+    @property
+    def fast(self) -> bool:
+        """Whether what is drawn now is drawn the fast way: it was asked for, and computes in float32 on a CPU."""
+        usual = self.model.device.type == "cpu" and self.model.dtype == torch.float32
+        return self.fast_bytes is not None and usual and not torch.is_autocast_enabled("cpu")
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""
         there = self.model.device if device is None else choose_device(str(device))
@@ -289,7 +295,7 @@ class Pipeline:
             model_name=self.model.name,
             model_hash=self.model.hash,
             precision=self.model.precision,
-            made_with=made_with(self.model.device, self.fast_bytes is not None),
+            made_with=made_with(self.model.device, self.fast),
         )
 
 

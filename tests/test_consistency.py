@@ -132,6 +132,16 @@ def test_levels_are_the_solvers(latents: Path) -> None:
     assert torch.equal(t_next, (t - 20).clamp(min=0)) and int(t_next.min()) == 0
 
 
+@pytest.mark.parametrize("levels", [2, 3, 30, 300, 501, 600, 999, 1000])
+def test_levels_that_do_not_divide_the_schedule_reach_both_its_ends(levels: int) -> None:
+    plain = objective_with(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+    objective = ConsistencyObjective(plain.inner, plain.teacher, replace(CONFIG, solver_steps=levels))
+    t, t_next = objective._levels(20 * levels, torch.Generator().manual_seed(0))
+    assert int(t.max()) == 999 and int(t_next.min()) == 0
+    assert set(t.tolist()) | {0} == set(t_next.tolist()) | {999}, "each step ends where another begins"
+    assert int((t - t_next).max()) - int((t - t_next)[t_next > 0].min()) <= 1, "even"
+
+
 def test_the_teacher_is_guided() -> None:
     """x0 = without + w (with - without), each asked with its own caption."""
     model = model_of("sd1")

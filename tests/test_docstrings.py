@@ -35,7 +35,7 @@ SILENT = {
     "models/deltas.py": "LoRA.rank LoHa.rank LoKr.rank GLoRA.rank DoRA.rank",
     "models/layers.py": "Embedding.reset_parameters",
     "models/t2i_adapter.py": "LightResBlock",
-    "models/unet.py": "ResBlock FeedForward TransformerBlock Downsample",
+    "models/unet.py": "ResBlock Downsample",
     "safety/provenance.py": "Report.sound",
     "server/desk.py": "Desk.model_name",
     "server/logs.py": "Lines.format",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sfumato.cli.evaluate import guidance_of, labels_of
 from sfumato.cli.main import main
+from sfumato.evaluate import sharing
 from sfumato.evaluate.sharing import Claims
 from sfumato.evaluate.statistics import load_statistics
 from sfumato.evaluate.sweep import key_of, once, shuffled_numbers
@@ -268,6 +269,32 @@ def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
         other.wait()
         with claims.claimed(3) as mine:
             assert mine
+
+
+def test_claims_that_are_closed_take_no_others_of_the_process_with_them(tmp_path):
+    words = "import sys\nfrom pathlib import Path\nfrom sfumato.evaluate.sharing import Claims\n"
+    words += "with Claims(Path(sys.argv[1])) as claims:\n    for piece in (3, 4):\n"
+    words += "        with claims.claimed(piece) as mine:\n            print(mine)\n"
+
+    def elsewhere():
+        return subprocess.check_output([sys.executable, "-c", words, tmp_path], text=True, timeout=300).split()
+
+    with Claims(tmp_path) as first:
+        with first.claimed(3) as mine:
+            assert mine
+            with Claims(tmp_path) as second, second.claimed(3) as again, second.claimed(4) as other:
+                assert again and other, "its own process is not shut out"
+            second.close()  # once more does nothing
+            assert elsewhere() == ["False", "True"], "of the first the claim is still there"
+        assert elsewhere() == ["True", "True"]
+    with Claims(tmp_path) as third, third.claimed(4) as mine:
+        assert mine
+
+
+def test_claims_without_locks_are_all_granted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing, "fcntl", None)
+    with Claims(tmp_path) as one, Claims(tmp_path) as other, one.claimed(1) as mine, other.claimed(1) as its:
+        assert mine and its
 
 
 def test_measured_once_and_anew_where_something_changed(tmp_path):

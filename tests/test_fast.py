@@ -8,18 +8,25 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.images import save_png
 from sfumato.memory import GIB, plan
 from sfumato.models import inference
 from sfumato.models.hypernetwork import Hypernetwork, HypernetworkConfig, worn
 from sfumato.models.inference import CONTEXTS, Store, quickest
 from sfumato.models.layers import Conv2d, hasten, wrapped
-from sfumato.models.unet import FeedForward, UNet, UNetConfig
+from sfumato.models.transformer import FeedForward, TransformerBlock
+from sfumato.models.unet import UNet, UNetConfig
 from sfumato.pipeline import Memory, Pipeline
+from sfumato.train import personal
+from sfumato.train.config import LoopConfig
+from sfumato.train.lora import LoRAConfig
+from sfumato.train.state import State
 from sfumato.types import NetState
 from sfumato.weights.adapters.adapter import Adapter
 from sfumato.weights.adapters.wearing import Wardrobe, Worn
@@ -27,6 +34,7 @@ from tests.adapters import model_of, random_lora, unet_output
 from tests.conftest import TINY as FAMILY
 from tests.conftest import randomise
 from tests.test_ip_adapter import PLAIN, adapter_for
+from tests.test_train_adapters import setup as training
 from tests.tiny import TINIES
 
 TINY = UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 1), context_dim=16)
@@ -144,6 +152,33 @@ def test_no_kept_weight_is_stale(change: str, mode: Callable[[], torch.no_grad],
     assert bytes_kept <= 4 * 36 * 64 * 64, "what was made of former weights is gone"
 
 
+def test_a_trainers_step_is_seen(pair: tuple[UNet, UNet]) -> None:
+    """The fused kernel of AdamW writes without being counted; convolutions, keys and values are made anew all the same.
+
+    Also those that were kept under the average, or before it.
+    """
+    plain, quick = pair
+    quick.requires_grad_(True)
+    trained = State(quick, LoopConfig(steps=9, batch_size=1, lr=1e-2, warmup=0))
+    assert trained.optimizer.param_groups[0]["fused"]
+
+    def fresh() -> bool:
+        plain.load_state_dict(quick.state_dict())
+        with torch.no_grad():
+            return close(quick(*INPUTS), plain(*INPUTS))
+
+    for _ in range(2):
+        assert fresh() and store_of(quick).num_bytes > 0
+        before = plain(*INPUTS)
+        quick(*INPUTS).square().mean().backward()
+        trained.optimizer.step()
+        trained.update_ema()
+        assert fresh() and not close(plain(*INPUTS), before, 1e-2)
+        with trained.averaged():
+            assert fresh()
+        assert fresh()
+
+
 def test_forget_serves_writes_that_nobody_counts(tiles: None) -> None:
     conv, x = Conv2d(64, 64, 3, padding=1).requires_grad_(False), noise(1, 64, 8, 8)
     hasten(conv, keep=PLENTY)
@@ -234,6 +269,59 @@ def test_each_context_has_its_own(pair: tuple[UNet, UNet]) -> None:
     assert quick(*INPUTS[:2], broken).isnan().any() and len(store._contexts) <= CONTEXTS
 
 
+@torch.inference_mode()
+def test_texts_are_within_the_budget(pair: tuple[UNet, UNet]) -> None:
+    """The oldest make way; where there is no room for one, or none at all, the answer is the same, and nothing held."""
+    plain, quick = pair
+    contexts = [noise(2, 7, 16, seed=seed) for seed in range(CONTEXTS)]
+    attentions = [part.attn2 for part in quick.modules() if isinstance(part, TransformerBlock)]
+    one = 4 * 2 * 7 * (16 + sum(2 * each.to_k.out_features for each in attentions))
+    hasten(quick, keep=PLENTY)
+    quick(*INPUTS)
+    store_of(quick).forget_texts()
+    weights = store_of(quick).num_bytes
+    for most, texts in ((weights + CONTEXTS * one, CONTEXTS), (weights + 2 * one + 99, 2), (weights + one - 4, 1)):
+        hasten(quick, keep=most)
+        store = store_of(quick)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "known", lambda context: context)
+            quick(*INPUTS)  # the weights come first
+        assert store.num_bytes == weights
+        for context in contexts:
+            assert close(quick(*INPUTS[:2], context), plain(*INPUTS[:2], context))
+            assert store.num_bytes <= most
+        assert len(store._contexts) == texts
+        assert (store.num_bytes == weights + texts * one) == (most >= weights + one)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", _counting(calls := []))
+            quick(*INPUTS[:2], contexts[-1])
+        assert sum(each.to_k in calls for each in attentions) == (most < weights + one), "the newest is known"
+    for keep in (0, 4):
+        hasten(quick, keep=keep)
+        assert close(quick(*INPUTS), plain(*INPUTS))
+        assert store_of(quick).num_bytes == 0 and not store_of(quick)._contexts
+
+
+def _counting(calls: list[nn.Module]) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """A linear layer's forward pass that tells whose it was."""
+    before = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        calls.append(self)
+        return before(self, x)
+
+    return forward
+
+
+def test_texts_go_when_nothing_is_drawn(tiny_checkpoint: Path) -> None:
+    """They are there while some run asks, and weights stay for the next drawing."""
+    pipe = Pipeline.from_pretrained(tiny_checkpoint, "cpu", fast=True)
+    store, texts = store_of(pipe.model.unet), []
+    pipe("a red apple", steps=3, progress=lambda *_: texts.append(len(store._contexts)))
+    assert texts and min(texts) > 0
+    assert not store._contexts
+
+
 @torch.no_grad()
 def test_what_changes_keys_and_values_is_seen(pair: tuple[UNet, UNet]) -> None:
     """Hypernetworks, IP-Adapters, weights written to, and hooks, put on after the text's were kept."""
@@ -320,9 +408,30 @@ def test_a_fast_pipeline_draws_the_same(tiny_checkpoint: Path, tiles: None) -> N
     assert found.made_with == {**exact.made_with, "fast": "yes"}
     store = store_of(quick.model.unet)
     assert store.num_bytes > 0
-    assert quick.to(dtype=torch.bfloat16).to(dtype=torch.float32)("a red apple").made_with["fast"] == "yes"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "fast" not in quick("a red apple", steps=1).made_with, "nothing goes the fast way there"
+    assert "fast" not in quick.to(dtype=torch.bfloat16)("a red apple", steps=1).made_with
+    assert quick.to(dtype=torch.float32)("a red apple", steps=1).made_with["fast"] == "yes"
     assert store_of(quick.model.unet) is not store, "what was kept is dropped"
     assert all(module.room is None for module in plain.model.unet.modules() if isinstance(module, Conv2d))
+
+
+def test_a_trainer_that_fails_leaves_nothing_hastened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first step, while it measures what a step takes."""
+    save_png(tmp_path / "0.png", np.full((64, 64, 3), 90, np.uint8))
+    model, rooms = model_of("sd1"), []
+    given = training(model, tmp_path, tmp_path / "run", batch_size=1)
+    ready = personal.lora(given, LoRAConfig(rank=2))
+
+    def fail(*_: object) -> None:
+        rooms.extend(module.room for module in model.unet.modules() if isinstance(module, Conv2d))
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(personal, "measure", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        personal.run(ready, given)
+    assert rooms and all(rooms)
+    assert all(getattr(module, "room", None) is None for module in model.unet.modules())
 
 
 def test_a_plain_plan_keeps_what_is_left_and_a_thrifty_one_nothing(tiny_checkpoint: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.models.hypernetwork import ACTIVATIONS, Hypernetwork, HypernetworkConfig, worn
-from sfumato.models.unet import CrossAttention, UNet, UNetConfig
+from sfumato.models.transformer import CrossAttention
+from sfumato.models.unet import UNet, UNetConfig
 from sfumato.weights.hypernetworks import HypernetworkFile, load_hypernetwork, save_hypernetwork
 from tests.conftest import randomise
 

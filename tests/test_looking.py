@@ -26,7 +26,8 @@ from sfumato.diffusion.noise import SeededNoise
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.samplers.tiled import tiled
 from sfumato.engine import Engine, Run
-from sfumato.models.unet import TransformerBlock, UNet
+from sfumato.models.transformer import TransformerBlock
+from sfumato.models.unet import UNet
 from sfumato.types import Cond, NetState
 from sfumato.weights.checkpoint import Model, load_model
 from tests.conftest import TINY, randomise

@@ -147,6 +147,23 @@ def test_a_changed_prompt_is_computed_anew(model: Model) -> None:
     assert [whole for _, whole in calls] == [True, False, True, False, False, False]
 
 
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"reuse": "2", "guidance_thin": 100.0}, ["2 whole", "1", "2 whole", "1", "2 whole", "1"]),
+        ({"reuse": "3", "guidance_thin": 100.0}, ["2 whole", "1", "2", "1 whole", "2 whole", "1"]),
+        ({"reuse": "2", "guidance_start": 0.15}, ["1 whole", "2 whole", "2", "2 whole", "2", "2 whole"]),
+        ({"reuse": "3", "guidance_end": 0.5}, ["2 whole", "2", "2", "1 whole", "1", "1"]),
+        ({"reuse": "3", "prompt": "[a cat|a dog]"}, ["2 whole"] * 6),
+    ],
+)
+def test_guidance_compares_features_of_one_step(model: Model, fields: dict[str, object], expected: list[str]) -> None:
+    """Of rows that come and go: where one must be computed whole, all of its query are, so in one call."""
+    [latents], calls = drive(model, [replace(JOB, **fields)])
+    assert [f"{rows}{' whole' if whole else ''}" for rows, whole in calls] == expected
+    assert bool(latents.isfinite().all())
+
+
 def test_tiles_keep_features_of_their_own(model: Model) -> None:
     job = replace(JOB, width=32, height=16, tile=16, reuse="2", guidance=1.0, steps=4)
     pipe = Pipeline(model)
@@ -173,7 +190,7 @@ def test_what_is_kept_is_let_go(model: Model) -> None:
     run.advance(None)
     with torch.inference_mode():
         engine.turn([run])
-        assert len(run.deep) == 2
+        assert [len(kept.deep) for kept in run.deep.values()] == [2]
         while run.query is not None:
             engine.turn([run])
     assert run.result is not None and not run.deep

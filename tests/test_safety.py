@@ -15,10 +15,10 @@ from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sfumato.safety import opennsfw
-from sfumato.safety.checking import Verdict, WordList, checked, refuse, treated
+from sfumato.safety.checking import Verdict, WordList, checked, prompts_of, refuse, treated
 from sfumato.safety.choosing import is_at_hand, open_checker
 from sfumato.safety.concepts import holds_concepts, open_concepts, prepared
-from sfumato.types import Job, Result
+from sfumato.types import Hires, Job, Result
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -191,6 +191,9 @@ def test_word_lists(tmp_path):
     with pytest.raises(ValueError, match=r"prompt: refused by word list words.txt \(blood\)"):
         refuse(["a cat", "blood"], [check])
     refuse(["a cat"], [check])
+    assert prompts_of(Job("a cat", "blood")) == prompts_of(Job("a cat", hires=Hires())) == ["a cat"]
+    with pytest.raises(ValueError, match="refused"):
+        refuse(prompts_of(Job("a cat", hires=Hires(prompt="blood"))), [check])
     words.write_text("# nothing\n")
     with pytest.raises(ValueError, match="it holds no word"):
         WordList(words)

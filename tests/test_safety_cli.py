@@ -128,6 +128,35 @@ def test_refused_words(tiny_checkpoint, tmp_path, capsys):
     )
 
 
+HIRES = ["--H", 16, "--W", 16, "--steps", 1, "--hires", 2, "--hires-strength", 0.5]
+
+
+def test_refused_words_of_the_second_pass(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "words").write_text("cat\n")
+    refusing = ["--refuse-words", tmp_path / "words"]
+    second = [*HIRES, "--prompt", "a dog", "--hires-prompt", "a Cat"]
+    assert draw(tiny_checkpoint, tmp_path / "a", *second, *refusing) == 2
+    assert "prompt: refused by word list words (cat)" in capsys.readouterr().err
+    assert not list((tmp_path / "a").glob("**/*.png"))
+    plot = ["--x", "hires.prompt=a dog,a cat", *HIRES, "--prompt", "", "--out", tmp_path / "plot.png"]
+    assert ours("plot", tiny_checkpoint, *plot, *refusing) == 2
+    assert "(cat)" in capsys.readouterr().err and not (tmp_path / "plot.png").exists()
+    assert draw(tiny_checkpoint, tmp_path / "a", *second) == 0
+    capsys.readouterr()
+    again = ["replay", tmp_path / "a/samples/00000.png", "--out", tmp_path / "again.png"]
+    assert ours(again[0], tiny_checkpoint, *again[1:], *refusing) == 2
+    assert "(cat)" in capsys.readouterr().err and not (tmp_path / "again.png").exists()
+
+
+def test_refused_words_of_rows(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "words").write_text("cat\n")
+    (tmp_path / "rows.csv").write_text("prompt,seed\na dog,1\na bird,2\n")
+    words = [tmp_path / "rows.csv", tmp_path / "out", *HIRES, "--hires-prompt", "a cat"]
+    ours("batch", tiny_checkpoint, *words, "--refuse-words", tmp_path / "words")
+    assert "refused by word list words (cat)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
 def test_the_original_scripts_look_and_mark(tiny_checkpoint, tmp_path, small_marks, monkeypatch):
     def script(*flags: object) -> int:
         given = ["--ckpt", str(tiny_checkpoint), "--prompt", "a cat", "--ddim_steps", "2", "--n_iter", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,10 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import requests
 import torch
 import uvicorn
 import webuiapi
@@ -24,13 +30,16 @@ from sfumato.models.clip import CLIPVisionConfig
 from sfumato.models.controlnet import ControlNet
 from sfumato.models.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from sfumato.pipeline import Pipeline
-from sfumato.server import a1111, controlnet, openai
-from sfumato.server.a1111_units import MODULES, controls_of, units_of
+from sfumato.server import a1111, controlnet, hints, openai
+from sfumato.server.a1111_units import MODULES, Unit, controls_of, options_of, units_of
 from sfumato.server.app import create_app
-from sfumato.server.desk import Desk, Settings
+from sfumato.server.aside import LINE, THREADS, Allowance, Aside
+from sfumato.server.desk import LOCAL, Desk, Settings
+from sfumato.server.keys import Limits, User
 from sfumato.server.orders import keep_picture
+from sfumato.server.queue import Full
 from sfumato.types import Control, Job
-from sfumato.weights.controls import save_control, save_ip_adapter
+from sfumato.weights.controls import hed, save_control, save_ip_adapter
 from sfumato.weights.files import save_safetensors
 from sfumato.weights.towers import ImageTower
 from tests.conftest import randomise
@@ -191,16 +200,178 @@ def test_what_is_no_unit_is_4xx(api: webuiapi.WebUIApi, args: object) -> None:
     assert 400 <= answer.status_code < 500 and "controlnet" in answer.json()["detail"].lower(), answer.text
 
 
-def test_what_cannot_be_detected_is_4xx(api: webuiapi.WebUIApi, scene: Image.Image) -> None:
-    url = f"{api.baseurl.removesuffix('/sdapi/v1')}/controlnet/detect"
+def detect_of(api: webuiapi.WebUIApi) -> str:
+    return f"{api.baseurl.removesuffix('/sdapi/v1')}/controlnet/detect"
+
+
+@contextmanager
+def limited(desk: Desk, **limits: int) -> Iterator[None]:
+    """The one local user with other limits."""
+    usual = desk.settings
+    desk.settings = replace(usual, limits=replace(usual.limits, **limits))
+    yield
+    desk.settings = usual
+
+
+def test_what_cannot_be_detected_is_4xx(api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image) -> None:
+    url = detect_of(api)
     line = Image.new("RGB", (2000, 1))
     for body, why in (
         ({}, "one picture"), ({"controlnet_module": "magic", "controlnet_input_images": [sent(scene)]}, "one of none"),
         ({"controlnet_input_images": ["AAAA"]}, "picture"), ({"controlnet_input_images": [sent(scene)] * 9}, "images"),
         ({"controlnet_module": "canny", "controlnet_input_images": [sent(line)]}, "px for its hint"),
+        ({"controlnet_input_images": [sent(Image.new("L", (2049, 2048)))]}, "2049 x 2048 px for its hint"),
     ):  # fmt: skip
         answer = api.session.post(url, json=body)
         assert answer.status_code == 422 and why in answer.json()["detail"], answer.text
+
+
+def test_the_pictures_of_one_request_are_bounded_together(
+    api: webuiapi.WebUIApi, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def hint(service: object, pixels: np.ndarray, name: str, options: object, side: int) -> np.ndarray:
+        made.append(side)
+        return pixels
+
+    monkeypatch.setattr(controlnet, "hint_of", hint)
+    square = sent(Image.new("RGB", (8, 8)))
+    body = {"controlnet_module": "invert", "controlnet_processor_res": 1024, "controlnet_input_images": [square] * 4}
+    assert api.session.post(detect_of(api), json=body).status_code == 200 and made == [1024] * 4
+    made.clear()
+    wide = sent(Image.new("RGB", (9, 8)))
+    answer = api.session.post(detect_of(api), json={**body, "controlnet_input_images": [square] * 3 + [wide]})
+    assert answer.status_code == 422 and "4194304 in all" in answer.json()["detail"], answer.text
+    with limited(desk, pixels=1024 * 1024):
+        answer = api.session.post(detect_of(api), json=body)
+        assert answer.status_code == 422 and "1048576 in all" in answer.json()["detail"], answer.text
+    with limited(desk, count=3):
+        answer = api.session.post(detect_of(api), json=body)
+        assert answer.status_code == 422 and "4 pictures; 3 are allowed" in answer.json()["detail"], answer.text
+    with limited(desk, pixels=200), pytest.raises(ValueError, match="too many pixels together"):
+        allowance = Allowance(desk.settings.limits)
+        for _ in range(4):
+            allowance.take((8, 8), 1, "image")
+    with limited(desk, requests=1):
+        assert api.session.post(detect_of(api), json=body).status_code == 429
+    assert not made, "nothing is made of a request that is refused"
+
+
+def test_hints_leave_threads_for_all_else(
+    api: webuiapi.WebUIApi, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, at_work, most = threading.Event(), [], []
+
+    def slow(service: object, pixels: np.ndarray, *said: object) -> np.ndarray:
+        at_work.append(1)
+        most.append(len(at_work))
+        assert go.wait(30)
+        at_work.pop()
+        return pixels
+
+    monkeypatch.setattr(controlnet, "hint_of", slow)
+    body = {"controlnet_module": "canny", "controlnet_input_images": [sent(scene)]}
+    root = api.baseurl.removesuffix("/sdapi/v1")
+    with ThreadPoolExecutor(LINE) as clients:
+        asked = [clients.submit(requests.post, detect_of(api), json=body) for _ in range(LINE)]
+        while len(at_work) < THREADS:
+            time.sleep(0.01)
+        for _ in range(500):
+            answer = requests.post(detect_of(api), json={}, timeout=1)  # refused at once when the line is full
+            if answer.status_code == 429:
+                break
+        assert answer.status_code == 429 and answer.headers["Retry-After"], answer.text
+        for path in ("/healthz", "/readyz", "/v1/jobs"):
+            assert requests.get(root + path, timeout=5).status_code == 200
+        go.set()
+        assert [each.result().status_code for each in asked] == [200] * LINE
+    assert max(most) == THREADS
+    assert requests.post(detect_of(api), json=body).status_code == 200
+
+
+def test_health_is_told_while_all_threads_are_taken(
+    api: webuiapi.WebUIApi, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, root = threading.Event(), api.baseurl.removesuffix("/sdapi/v1")
+    monkeypatch.setattr(desk.queue, "page", lambda *said: go.wait(30) and [])
+    with ThreadPoolExecutor(48) as clients:
+        asked = [clients.submit(requests.get, f"{root}/v1/jobs") for _ in range(48)]
+        try:
+            with pytest.raises(requests.Timeout):  # all are taken: this one waits
+                for _ in range(100):
+                    requests.get(f"{root}/v1/models", timeout=0.5)
+            assert requests.get(f"{root}/healthz", timeout=5).json()["ok"] is True
+            assert requests.get(f"{root}/readyz", timeout=5).json()["ok"] is True
+        finally:
+            go.set()
+        assert {each.result().status_code for each in asked} == {200}
+
+
+def test_users_have_lines_of_their_own() -> None:
+    async def asked() -> tuple[int, int]:
+        aside, go = Aside(1), threading.Event()
+        ann, bob, carl = (User(name, Limits(waiting=waiting)) for name, waiting in (("a", 99), ("b", 3), ("c", 99)))
+        waiting = [asyncio.ensure_future(aside.run(ann, lambda: go.wait(30))) for _ in range(LINE)]
+        waiting += [asyncio.ensure_future(aside.run(bob, lambda: go.wait(30))) for _ in range(3)]
+        await asyncio.sleep(0)
+        for user in (ann, bob):
+            with pytest.raises(Full):
+                await aside.run(user, lambda: None)
+        last = asyncio.ensure_future(aside.run(carl, lambda: 7))
+        waiting[-1].cancel()
+        go.set()
+        done = await asyncio.gather(*waiting[:-1])
+        with pytest.raises(ZeroDivisionError):
+            await aside.run(ann, lambda: 1 // 0)
+        found = await last
+        aside.close()
+        return sum(done), found
+
+    assert asyncio.run(asked()) == (LINE + 2, 7)
+
+
+def test_units_of_a_full_queue_make_no_hints_and_like_ones_share_one(
+    api: webuiapi.WebUIApi, desk: Desk, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def hint(service: object, pixels: np.ndarray, name: str, *said: object) -> np.ndarray:
+        made.append(name)
+        return pixels
+
+    monkeypatch.setattr(a1111, "hint_of", hint)
+    unit = {"image": sent(scene), "module": "canny", "model": "edges"}
+    units = [unit, unit, {**unit, "module": "invert"}]
+    body = {"prompt": "a", "steps": 1, **SIZE, "alwayson_scripts": {"controlnet": {"args": units}}}
+    assert api.session.post(f"{api.baseurl}/txt2img", json=body).status_code == 200
+    assert made == ["canny", "invert"]
+    desk.queue.pause(True)
+    waiting = desk.submit({"prompt": "a", "steps": 1}, User(LOCAL, Limits()))
+    with limited(desk, waiting=1):
+        answer = api.session.post(f"{api.baseurl}/txt2img", json=body)
+    assert answer.status_code == 429 and answer.headers["Retry-After"] and len(made) == 2, answer.text
+    desk.cancel(waiting.id, User(LOCAL, Limits()))
+    desk.queue.pause(False)
+    many = [{**unit, "processor_res": 1024 + 8 * n} for n in range(4)]  # of 40 x 24 px: 1.75 million px each
+    body["alwayson_scripts"]["controlnet"]["args"] = many
+    answer = api.session.post(f"{api.baseurl}/txt2img", json=body)
+    assert answer.status_code == 422 and "px for its hint" in answer.json()["detail"], answer.text
+
+
+def test_networks_of_annotators_need_memory(
+    api: webuiapi.WebUIApi, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hed, "PACKAGE", "numpy")  # one that is installed: nothing is loaded
+    monkeypatch.setattr(hints, "free_memory", lambda device: 3e7)
+    body = {"controlnet_module": "softedge_hed", "controlnet_input_images": [sent(scene)]}
+    answer = api.session.post(detect_of(api), json=body)
+    assert answer.status_code == 422 and "needs about 0.4 GiB, 0.0 are free" in answer.json()["detail"], answer.text
+    control = {"model": "edges", "image": f"base64,{sent(scene)}", "annotate": "hed"}
+    order = {"prompt": "a", "controls": [control], "width": 256, "height": 256, "tile": 16}
+    answer = api.session.post(f"{api.baseurl.removesuffix('/sdapi/v1')}/v1/jobs", json=order)
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and error["field"] == "controls[0].annotate" and "GiB" in error["message"]
 
 
 CONTROLS = (
@@ -241,3 +412,20 @@ def test_numbers_out_of_range_are_the_modules_own() -> None:
         [control] = controls_of(units, Known(), None, never)
         assert control["options"] == options and control["annotate"] == MODULES[module.lower()].annotator
         assert control["image"] == "base64,AAAA" and json.dumps(control)
+
+
+@pytest.mark.parametrize("said, options", [((200, 100), (100, 200)), ((256, -1), (200, 256)), ((-1, 30), (30, 100))])
+def test_thresholds_of_canny_in_the_wrong_order_are_swapped(said: tuple[int, int], options: tuple[int, int]) -> None:
+    unit = Unit(threshold_a=said[0], threshold_b=said[1])
+    found = options_of(MODULES["canny"], unit)
+    assert found == {"low": options[0], "high": options[1]}
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    assert np.array_equal(annotate(pixels, "canny", **found)[..., 0], cv2.Canny(pixels, *_sliders(said)))
+
+
+def _sliders(said: tuple[int, int]) -> list[float]:
+    """What the extension hands to OpenCV: its own numbers where one is out of range."""
+    return [
+        value if slider.low <= value <= slider.high else slider.default
+        for slider, value in zip(MODULES["canny"].sliders, said, strict=True)
+    ]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sfumato.cli.keys import run as make_key
 from sfumato.cli.protecting import redone
@@ -27,7 +28,7 @@ from sfumato.pipeline import Pipeline
 from sfumato.safety import dwtdct, provenance
 from sfumato.safety.checking import GREY
 from sfumato.safety.concepts import Concepts
-from sfumato.server import a1111, openai, service
+from sfumato.server import a1111, openai, protecting, service
 from sfumato.server.app import create_app
 from sfumato.server.desk import LOCAL, Desk, Settings
 from sfumato.server.keys import Limits, User
@@ -74,7 +75,11 @@ def door(checkpoint: Path, data: Path, *flags: object) -> Iterator[tuple[TestCli
 
 def ended(client: TestClient, **order: object) -> dict:
     """A job once it is over."""
-    id = client.post("/v1/jobs", json={**ORDER, **order}).json()["id"]
+    return over(client, client.post("/v1/jobs", json={**ORDER, **order}).json()["id"])
+
+
+def over(client: TestClient, id: str) -> dict:
+    """The job of an id once it is over."""
     for _ in range(600):
         job = client.get(f"/v1/jobs/{id}").json()
         if job["state"] in ("done", "failed", "cancelled"):
@@ -158,9 +163,9 @@ def test_marks_and_signatures_are_the_command_lines(
         assert result["signed_by"] == (tmp_path / "key.pub").read_text().strip()
         pixels, recipe = fetched(client, result["url"])
         assert provenance.verify(pixels, recipe).sound
-        protecting = guard(*flags).own
+        own = guard(*flags).own
         drawn = desk.pipeline.draw(Job(**ORDER, **order))
-        expected, made = protecting.finished(protecting.shown(drawn), 0)
+        expected, made = own.finished(own.shown(drawn), 0)
         assert np.array_equal(pixels, expected) and recipe["watermark"] == made["watermark"]
         small = client.post("/v1/jobs", json={**ORDER, "width": 32, "height": 32})
         assert small.status_code == 422 and small.json()["error"]["field"] == "watermark"
@@ -176,6 +181,21 @@ def test_words_are_refused_before_anything_is_drawn(tiny_checkpoint: Path, tmp_p
         answer = client.post("/v1/images/generations", json={"prompt": "thunder"})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
         assert sum(desk.queue.counts().values()) == 0
+
+
+def test_jobs_of_before_the_word_list_are_checked_when_they_are_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("thunder\n")
+    orders = ({"prompt": "thunder"}, {"prompt": "a", "hires": {"scale": 2, "prompt": "Thunder!"}}, {"prompt": "a"})
+    with door(tiny_checkpoint, tmp_path) as (client, desk):
+        desk.queue.pause(True)
+        ids = [client.post("/v1/jobs", json={**ORDER, **order}).json()["id"] for order in orders]
+    with door(tiny_checkpoint, tmp_path, "--refuse-words", tmp_path / "words.txt") as (client, desk):
+        desk.queue.pause(False)
+        jobs = [over(client, id) for id in ids]
+        assert [job["state"] for job in jobs] == ["failed", "failed", "done"]
+        for job in jobs[:2]:
+            assert job["error"] == {"field": "prompt", "message": "prompt: refused by word list words.txt (thunder)"}
+            assert job["results"] == [] and job["progress"]["done"] == 0, "nothing was drawn"
 
 
 def test_a_picture_that_cannot_be_checked_is_not_kept(
@@ -212,3 +232,53 @@ def test_the_page_tells_the_verdict(tiny_checkpoint: Path, tmp_path: Path, check
 
 def test_a_result_that_is_gone_says_nothing(tmp_path: Path) -> None:
     assert told_by(None) == told_by(tmp_path / "gone.png") == Told()
+
+
+def damaged(how: str) -> bytes:
+    """A result's file as a full disk, a cut power line or a stranger leaves it; else one with a text as its recipe."""
+    info, written = PngInfo(), io.BytesIO()
+    info.add_itxt("sfumato", how)
+    Image.new("RGB", (4, 4)).save(written, "PNG", pnginfo=info)
+    content = written.getvalue()
+    others = {"empty": b"", "cut": content[:60], "head": content[:20], "noise": bytes(range(256)) * 4}
+    return others.get(how, content)
+
+
+HOW = ("empty", "cut", "head", "noise", "[1]", "{", '{"safety": {"flagged": true}}', '{"signature": "mine"}')
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_damaged_result_says_nothing_and_is_told_once(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / f"{HOW.index(how)}.png"
+    path.write_bytes(damaged(how))
+    assert told_by(path) == told_by(path) == Told()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and path.name in said[0] and "damaged" in said[0]
+
+
+def test_one_damaged_result_leaves_the_others_their_doors(
+    tiny_checkpoint: Path, tmp_path: Path, checkers: dict[bool, Path]
+) -> None:
+    pytest.importorskip("gradio")
+    from sfumato.server.page.watching import found
+
+    with door(tiny_checkpoint, tmp_path, "--safety", "report", "--safety-checker", checkers[True]) as (client, desk):
+        broken, whole = ended(client), ended(client, seed=6)
+        name = broken["results"][0]["sha256"]
+        path = desk.stores.results.path(name)
+        content = path.read_bytes()
+        path.write_bytes(content[:60])
+        protecting._read.cache_clear()  # as after a restart
+        listed = client.get("/v1/jobs")
+        assert listed.status_code == 200 and [job["id"] for job in listed.json()["jobs"]] == [whole["id"], broken["id"]]
+        assert listed.json()["jobs"][0] == whole, "what is whole is told as before"
+        [told] = client.get(f"/v1/jobs/{broken['id']}").json()["results"]
+        assert (told["sha256"], told["safety"], told["signed_by"]) == (name, None, None)
+        events = client.get(f"/v1/jobs/{broken['id']}/events")
+        assert events.status_code == 200 and json.loads(events.text.split("data: ")[-1])["results"] == [told]
+        gallery = found(desk, User(LOCAL, Limits()))
+        assert [drawn.told.flagged for drawn in gallery] == [True, False] and gallery[1].sha256 == name
+        desk.stores.results.put(content)
+        assert told_by(path).flagged, "one that is drawn again is whole again"

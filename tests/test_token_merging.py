@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sfumato.engine import Engine
 from sfumato.models.merging import Merging, destinations
-from sfumato.models.unet import CrossAttention
+from sfumato.models.transformer import Asked, CrossAttention, TransformerBlock
+from sfumato.models.unet import UNet, UNetConfig
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.tasks import txt2img
 from sfumato.tasks.checks import complete, job_from_dict
@@ -96,6 +97,28 @@ def test_cells_that_are_alike_lose_nothing() -> None:
         assert torch.allclose(some.spread(some.merge(z)), z, atol=1e-6)
         near = some.spread(attention(some.merge(z), some.merge(z)))
         assert 1e-6 < distance(near, attention(z, z)) < 0.2
+
+
+@pytest.mark.parametrize("size", [(1, 8), (8, 1), (1, 1)])
+def test_a_map_one_cell_high_or_wide_is_left_alone(size: tuple[int, int]) -> None:
+    """It has no window of 2 x 2: a block answers as without merging, and merging itself says so."""
+    merging = Merging(0.5, generators(0))
+    block = TransformerBlock(8, 6, 2, False).requires_grad_(False)
+    z, context = torch.randn(1, size[0] * size[1], 8), torch.randn(1, 3, 6)
+    assert torch.equal(block(z, context, Asked(merging=merging), size), block(z, context))
+    with pytest.raises(ValueError, match="2 x 2 cells or more"):
+        merging.match(z, size)
+    wide = torch.randn(1, 16, 8)
+    assert not torch.allclose(block(wide, context, Asked(merging=merging), (2, 8)), block(wide, context))
+
+
+@torch.inference_mode()
+def test_a_strip_goes_through_a_network() -> None:
+    """Latents two cells high are one high where a network first has attention."""
+    shape = UNetConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1), norm_groups=4)
+    unet = UNet(replace(shape, context_dim=6, num_heads=2)).eval()
+    x, t, context = torch.randn(1, 4, 2, 8), torch.tensor([3.0]), torch.randn(1, 3, 6)
+    assert torch.equal(unet(x, t, context, merging=Merging(0.5, generators(0))), unet(x, t, context))
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 0.8])

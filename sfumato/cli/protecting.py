@@ -6,20 +6,17 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfumato.families import Model
-from sfumato.pipeline import recipe
-from sfumato.safety.checking import POLICIES, Checked, WordList, checked, refuse, treated
-from sfumato.safety.choosing import is_at_hand, open_checker
+from sfumato.safety.checking import POLICIES, Checked, WordList, checked, prompts_of, refuse, treated
 from sfumato.safety.marks import METHODS, TEXT, Mark, check_room, marked
 from sfumato.safety.provenance import load_key, signed
-from sfumato.tasks.checks import complete
-from sfumato.tasks.pictures import Pictures
-from sfumato.tasks.plot import final_size
-from sfumato.types import Job, Result
+
+if TYPE_CHECKING:  # networks are imported where they are used: flags and their help need none
+    from sfumato.families import Model
+    from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +57,8 @@ class Protecting:
     """What the flags ask for. ValueError where a checker, a word list or a key cannot be had."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        from sfumato.safety.choosing import is_at_hand, open_checker
+
         self.policy = args.safety or ("blur" if args.original and is_at_hand(args.ckpt) else "off")
         if self.policy == "off" and args.safety_checker is not None:
             raise ValueError(f"safety_checker={args.safety_checker!r}: --safety says what is done about its verdict")
@@ -81,9 +80,13 @@ class Protecting:
 
     def check(self, jobs: Sequence[Job], model: Model) -> None:
         """ValueError where a prompt is refused, or a picture would have no room for the mark."""
-        self.check_prompts([job.prompt for job in jobs])
+        self.check_prompts([prompt for job in jobs for prompt in prompts_of(job)])
         if self.mark is None or self._only_with_room:
             return
+        from sfumato.tasks.checks import complete
+        from sfumato.tasks.pictures import Pictures
+        from sfumato.tasks.plot import final_size
+
         pictures = Pictures()
         for job in jobs:
             width, height = final_size(complete(job, model.family, pictures.size(job)), model, pictures)
@@ -111,6 +114,8 @@ class Protecting:
 
     def finished(self, found: Checked, index: int, sign: bool = True) -> tuple[np.ndarray, dict[str, Any]]:
         """Picture `index` (H, W, 3) marked, and its recipe with what was done, signed (unless it is a part only)."""
+        from sfumato.pipeline import recipe
+
         pixels, made = found.result.images[index], recipe(found.result, index)
         if found.verdicts:
             made["safety"] = {"policy": found.policy, **found.verdicts[index].to_dict()}

@@ -18,6 +18,7 @@ from sfumato.cli.protecting import Protecting, add_protecting_flags, carried, re
 from sfumato.cli.saving import draw_with_bar
 from sfumato.images import load_png, save_png
 from sfumato.pipeline import Pipeline, recipe
+from sfumato.safety.checking import prompts_of
 from sfumato.tasks.checks import job_from_dict
 from sfumato.tasks.pictures import PICTURES
 from sfumato.types import Job, Result
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"cell: {str(path)!r} is a plot; say which of its cells with --cell N")
     old = read_recipe(path, made)
     protecting = Protecting(args)
-    protecting.check_prompts([old.job.prompt])
+    protecting.check_prompts(prompts_of(old.job))
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
     pipeline = load(args, args.device or old.made_with.get("device"), precision)
     model = pipeline.model

@@ -50,7 +50,10 @@ class Plan:
 
     @property
     def keep(self) -> int:
-        """Bytes that networks may keep to be faster (`hasten`): what is left of the budget; 0 in a thrifty plan."""
+        """Bytes that networks may keep to be faster (`hasten`), texts' keys and values among them.
+
+        What is left of the budget; 0 in a thrifty plan.
+        """
         thrifty = self.offload or self.tile is not None or self.attention_slice is not None
         return 0 if thrifty or self.dtype != torch.float32 else max(0, self.budget - self.estimate)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sfumato.models.unet import CrossAttention
+from sfumato.models.transformer import CrossAttention
 
 # A1111's names: seven of its own, where swish is the hard one, and torch's classes in small letters. Those of torch
 # that are not here mix rows of a batch or need arguments, and no file can have been trained with them.

@@ -1,12 +1,13 @@
 """What calls without gradients may spare: weights transformed once, keys and values of a text computed once.
 
-Owns what is kept from call to call, and notices when that which it was made of changes; and which way a convolution
-goes when there is no backward pass. float32 on a CPU only. Knows nothing of modules but linear layers.
+Owns what is kept from call to call, and drops it when PyTorch counts a change of what it was made of; and which way a
+convolution goes when there is no backward pass. float32 on a CPU only. Knows nothing of modules but linear layers.
 Letters: B batch, C channels in, O channels out, n = (m + 2)^2 products of a tile, L tokens, D width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -72,16 +73,18 @@ def plain(*layers: nn.Module) -> bool:
 
 
 def may_be_kept(*tensors: Tensor) -> bool:
-    """Whether calls with these go without gradients, in float32 on a CPU, and every later change will be seen."""
+    """Whether a call with these goes without gradients, in float32 on a CPU: what is made of them may be kept then."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
 class _Made:
-    """The weights that something was made of, as they were: any later change of them is noticed.
+    """The weights that something was made of, as they were: a later change is noticed where PyTorch counts it.
 
-    An alias of each is held, which counts the same changes, so that no other tensor comes to lie where it lay.
+    It counts its own operations, but not writing through `.data`, and not what kernels outside of it write, among them
+    its fused optimisers: who changes weights so calls `increment_version`, as train/optimizers.py does, or `forget`.
+    An alias of each weight is held, which counts the same changes, so that no other tensor comes to lie where it lay.
     """
 
     def __init__(self, *weights: Tensor) -> None:
@@ -100,11 +103,24 @@ class _Made:
         )
 
 
-class Store(Room):
-    """A room that keeps, too, what calls without gradients need again: at most `most` bytes of transformed weights.
+@dataclass(eq=False)
+class _Context:
+    """A text that is known: a copy of it, which `stands` for it, and keys and values that were `made` of it."""
 
-    What is kept is dropped when a weight that it was made of is written to, moved, or replaced. Only writing through
-    `parameter.data` in place goes unseen, as it does to PyTorch: `forget` is for that. For one thread at a time.
+    stands: Tensor
+    made: WeakKeyDictionary[nn.Module, tuple[_Made, Tensor, Tensor]] = field(default_factory=WeakKeyDictionary)
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * (self.stands.numel() + sum(k.numel() + v.numel() for _, k, v in self.made.values()))
+
+
+class Store(Room):
+    """A room that keeps, too, what calls without gradients need again, in `most` bytes: transformed weights and texts.
+
+    Texts are kept with their keys and values; the oldest make way for newer ones. What is kept is dropped when a weight
+    that it was made of is moved, replaced, or written to in a way that PyTorch counts: see `_Made` for those that it
+    does not, for which `forget` is. For one thread at a time.
     """
 
     def __init__(self, most: int = 0) -> None:
@@ -115,12 +131,17 @@ class Store(Room):
     def forget(self) -> None:
         """Drop all that is kept; it is made again when it is needed."""
         self._weights: Any = WeakIdKeyDictionary()
-        self._contexts: list[tuple[Tensor, WeakKeyDictionary[nn.Module, tuple[_Made, Tensor, Tensor]]]] = []
+        self.forget_texts()
+
+    def forget_texts(self) -> None:
+        """Drop the texts with their keys and values: for the end of a drawing, which the next one seldom shares."""
+        self._contexts: list[_Context] = []
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of transformed weights that are kept now."""
-        return sum(4 * kept.numel() for _, _, kept in self._weights.values())
+        """Bytes that are kept now: transformed weights, and texts with their keys and values."""
+        weights = sum(4 * kept.numel() for _, _, kept in self._weights.values())
+        return weights + sum(each.num_bytes for each in self._contexts)
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor | None:
         """The 3 x 3 convolution of x (B, C, h, w), a cell of zeros around it, in the quickest way; without gradients.
@@ -164,26 +185,45 @@ class Store(Room):
     def known(self, context: Tensor) -> Tensor:
         """The tensor that stands for a context (B, L, D): of several that are equal the first, a copy of it.
 
-        Whose keys and values are wanted again and again is known by it: see `keys_values`.
+        Whose keys and values are wanted again and again is known by it: see `keys_values`. Where there is no room for
+        a copy it is the context itself.
         """
-        for index, pair in enumerate(self._contexts):
-            if pair[0].shape == context.shape and torch.equal(pair[0], context):
+        for index, each in enumerate(self._contexts):
+            if each.stands.shape == context.shape and torch.equal(each.stands, context):
                 self._contexts.append(self._contexts.pop(index))
-                return pair[0]
+                return each.stands
+        if not self._has_room(4 * context.numel()):
+            return context
         with torch.inference_mode(False):
             stands = context.detach().clone()
-        self._contexts = [*self._contexts[1 - CONTEXTS :], (stands, WeakKeyDictionary())]
+        self._contexts = [*self._contexts[1 - CONTEXTS :], _Context(stands)]
         return stands
 
+    def _has_room(self, more: int, spared: _Context | None = None) -> bool:
+        """Whether `more` bytes may be kept too; until they may, the oldest texts go, but not the `spared` one."""
+        others = [each for each in self._contexts if each is not spared]
+        excess = self.num_bytes + more - self.most
+        if excess > sum(each.num_bytes for each in others):
+            return False
+        while excess > 0:
+            oldest = others.pop(0)
+            excess -= oldest.num_bytes
+            self._contexts.remove(oldest)
+        return True
+
     def keys_values(self, context: Tensor, to_k: nn.Linear, to_v: nn.Linear) -> tuple[Tensor, Tensor]:
-        """to_k and to_v of the context (B, L, D); of one that is `known` they are computed once."""
-        made = next((made for stands, made in self._contexts if stands is context), None)
-        if made is None or to_k.weight.is_inference() or to_v.weight.is_inference():
+        """to_k and to_v of the context (B, L, D); of one that is `known` they are computed once, if there is room."""
+        text = next((each for each in self._contexts if each.stands is context), None)
+        if text is None or to_k.weight.is_inference() or to_v.weight.is_inference():
             return to_k(context), to_v(context)
-        found = made.get(to_k)
-        if found is None or not found[0].still(to_k.weight, to_v.weight):
-            found = made[to_k] = _Made(to_k.weight, to_v.weight), to_k(context), to_v(context)
-        return found[1], found[2]
+        found = text.made.get(to_k)
+        if found is not None and found[0].still(to_k.weight, to_v.weight):
+            return found[1], found[2]
+        text.made.pop(to_k, None)
+        keys, values = to_k(context), to_v(context)
+        if self._has_room(4 * (keys.numel() + values.numel()), spared=text):
+            text.made[to_k] = _Made(to_k.weight, to_v.weight), keys, values
+        return keys, values
 
     def gated(self, x: Tensor, first: nn.Linear, last: nn.Linear) -> Tensor:
         """last(value * gelu(gate)) of x (B, L, D), with (value, gate) = first(x); some rows after others.

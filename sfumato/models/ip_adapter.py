@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sfumato.models.layers import attend, check_heads
-from sfumato.models.unet import CrossAttention, TransformerBlock, UNet
+from sfumato.models.transformer import CrossAttention, TransformerBlock
+from sfumato.models.unet import UNet
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,9 @@ def hasten(network: nn.Module, on: bool = True, keep: int = 0) -> None:
     """Let the layers of a network compute in the way that is the fastest for them: float32 on a CPU only.
 
     Results differ by rounding, at most about 1e-4 of their range; gradients of gradients are lost. Without gradients,
-    keys and values of a text are computed once, and up to `keep` bytes of weights are kept as convolutions want them:
-    1.8 or 4 times what they take, seen anew once they change. It reaches every module that has an attribute `room`.
+    up to `keep` bytes are kept from call to call: weights as convolutions want them, 1.8 or 4 times what they take, and
+    texts with their keys and values; made anew once PyTorch counts a change (see `Store`). It reaches every module
+    that has an attribute `room`.
     """
     room = Store(keep) if on else None
     for module in network.modules():

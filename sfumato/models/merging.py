@@ -74,8 +74,11 @@ class Merging:
         """Join the sources of z (B, h w, D) that are most alike a destination, by cosine, to it.
 
         Bolya & Hoffman 2023, section 4. The r = ratio L sources nearest to theirs are joined, or all where r is more.
+        ValueError for a map that has no window of 2 x 2, or whose size is not that of z.
         """
         length = z.shape[1]
+        if min(size) < 2:
+            raise ValueError(f"size={size}: 2 x 2 cells or more are needed")
         if len(self.generators) != len(z) or length != size[0] * size[1]:
             raise ValueError(f"z: {tuple(z.shape)} for {len(self.generators)} generators and {size[0]} x {size[1]}")
         chosen = destinations(size, self.generators).to(z.device)

@@ -1,38 +1,26 @@
 """The U-Net that denoises latents: (x, t, context) -> prediction of x's shape.
 
-Ho et al. 2020 and Dhariwal & Nichol 2021 (blocks), Rombach et al. 2022 section 3.3 (cross-attention). Knows nothing
-of noise schedules or of what it predicts. Names as in `model.diffusion_model.*` of the original checkpoints.
+Ho et al. 2020 and Dhariwal & Nichol 2021; its attentions are transformer.py's. Knows nothing of noise schedules or of
+what it predicts. Names as in `model.diffusion_model.*` of the original checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.freeu import free_u
-from sfumato.models.inference import Store, may_be_kept, plain
-from sfumato.models.layers import (
-    Conv2d,
-    Embedding,
-    Upsample,
-    attend,
-    attention_map,
-    check_heads,
-    group_norm,
-    timestep_embedding,
-    wrapped,
-    zero,
-)
+from sfumato.models.inference import Store, may_be_kept
+from sfumato.models.layers import Conv2d, Embedding, Upsample, group_norm, timestep_embedding, wrapped, zero
 from sfumato.models.merging import Merging
 from sfumato.models.residuals import Residuals
 from sfumato.models.reuse import Deep
+from sfumato.models.transformer import Asked, CrossAttention, SpatialTransformer, self_attentions
 
 
 @dataclass(frozen=True)
@@ -91,27 +79,6 @@ class State(Protocol):
     def cross(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What one call asks of attentions: which self-attentions are the identity, and whose map goes into `maps`.
-
-    To `cross`, unless it is None, every attention to the context adds its own. Self-attentions over `cells` or more,
-    of which nothing else is asked, are merged as `merging` says.
-    """
-
-    identity: frozenset[nn.Module] = frozenset()
-    probe: nn.Module | None = None
-    maps: list[Tensor] = field(default_factory=list)
-    cross: list[Tensor] | None = None
-    merging: Merging | None = None
-    cells: int = 0
-
-    def merges(self, attention: nn.Module, length: int) -> Merging | None:
-        """How a self-attention over `length` cells is merged; None: it is not."""
-        asked = attention is self.probe or attention in self.identity
-        return None if asked or length < self.cells else self.merging
-
-
 class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int, groups: int) -> None:
         super().__init__()
@@ -131,145 +98,6 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         out = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(out)
-
-
-class CrossAttention(nn.Module):
-    """Attention of x to a context, x itself in self-attention. `query_rows` bounds the scores: see `attend`.
-
-    What is `worn` changes the contexts that keys and values are made of, one after the other: see hypernetwork.py.
-    """
-
-    room: Store | None = None
-
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = check_heads(dim, num_heads)
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
-        self.query_rows: int | None = None
-        self.context_dim = context_dim
-        self.worn: tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...] = ()
-
-    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
-        q, (k, v) = self.to_q(x), self._keys_values(context)
-        if asked is not None:
-            if self is asked.probe:
-                asked.maps.append(attention_map(q, k, self.num_heads))
-            if self in asked.identity:
-                return self.to_out(v)
-        return self.to_out(attend(q, k, v, self.num_heads, query_rows=self.query_rows))
-
-    def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """Where x (B, M, dim) looks in the context (B, L, D): the mean map of the heads, (B, M, L) float32."""
-        return attention_map(self.to_q(x), self.to_k(self._contexts(context)[0]), self.num_heads).mean(dim=1)
-
-    def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        if self.room is not None and not self.worn and may_be_kept(context) and plain(self.to_k, self.to_v):
-            return self.room.keys_values(context, self.to_k, self.to_v)
-        keys, values = self._contexts(context)
-        return self.to_k(keys), self.to_v(values)
-
-    def _contexts(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of."""
-        keys = values = context
-        for change in self.worn:
-            keys, values = change(keys, values)
-        return keys, values
-
-
-class GEGLU(nn.Module):
-    """Gated GELU (Shazeer 2020)."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    room: Store | None = None
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.room is not None:
-            first: nn.Linear = self.net[0].proj  # type: ignore[assignment]
-            last: nn.Linear = self.net[2]  # type: ignore[assignment]
-            if may_be_kept(x, first.weight, last.weight) and plain(first, last):
-                return self.room.gated(x, first, last)
-        return self.net(x)
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, context_dim: int, num_heads: int, cross_only: bool) -> None:
-        super().__init__()
-        self.cross_only = cross_only
-        self.attn1 = CrossAttention(dim, context_dim if cross_only else dim, num_heads)
-        self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, context_dim, num_heads)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None, size: tuple[int, int] = (0, 0)) -> Tensor:
-        z = self.norm1(x)
-        merging = None if asked is None or self.cross_only else asked.merges(self.attn1, z.shape[1])
-        if merging is None:
-            x = x + self.attn1(z, context if self.cross_only else z, asked)
-        else:
-            matched = merging.match(z, size)
-            z = matched.merge(z)
-            x = x + matched.spread(self.attn1(z, z))
-        z = self.norm2(x)
-        if asked is not None and asked.cross is not None:
-            asked.cross.append(self.attn2.weights(z, context))
-        x = x + self.attn2(z, context)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the h * w cells, between projections (1 x 1 convolutions, or linear from 2.x on)."""
-
-    def __init__(self, channels: int, depth: int, config: UNetConfig, cross_only: bool = False) -> None:
-        super().__init__()
-        self.linear = config.linear_projection
-        self.norm = group_norm(channels, config.norm_groups, 1e-6)
-        self.proj_in = self._projection(channels)
-        heads = config.heads(channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, config.context_dim, heads, cross_only) for _ in range(depth)
-        )
-        self.proj_out = zero(self._projection(channels))
-
-    def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
-        batch, channels, height, width = x.shape
-        z = self.norm(x)
-        if not self.linear:
-            z = self.proj_in(z)
-        z = z.flatten(2).transpose(1, 2)  # (B, h w, C)
-        if self.linear:
-            z = self.proj_in(z)
-        for block in self.transformer_blocks:
-            z = block(z, context, asked, (height, width))
-        if asked is not None and asked.cross is not None:
-            own = slice(-len(self.transformer_blocks), None)
-            asked.cross[own] = [look.transpose(1, 2).unflatten(2, (height, width)) for look in asked.cross[own]]
-        if self.linear:
-            z = self.proj_out(z)
-        z = z.transpose(1, 2).reshape(batch, channels, height, width)
-        if not self.linear:
-            z = self.proj_out(z)
-        return x + z
 
 
 class Downsample(nn.Module):
@@ -297,11 +125,6 @@ class Block(nn.Sequential):
         return x
 
 
-def _self_attentions(module: nn.Module) -> list[CrossAttention]:
-    """In order; an attention to the context alone (`cross_only`) is none."""
-    return [part.attn1 for part in module.modules() if isinstance(part, TransformerBlock) and not part.cross_only]
-
-
 def _check(config: UNetConfig) -> None:
     """ValueError names a field that does not fit the others."""
     levels = len(config.channel_mult)
@@ -324,9 +147,20 @@ def _level(config: UNetConfig, index: int, in_channels: int) -> list[nn.Module]:
     width, depth = config.channels * config.channel_mult[index], config.transformer_depth[index]
     parts: list[nn.Module] = [ResBlock(in_channels, width, 4 * config.channels, config.norm_groups)]
     if depth:
-        cross_only = bool(config.cross_only) and config.cross_only[index]
-        parts.append(SpatialTransformer(width, depth, config, cross_only))
+        parts.append(_transformer(config, width, depth, bool(config.cross_only) and config.cross_only[index]))
     return parts
+
+
+def _transformer(config: UNetConfig, width: int, depth: int, cross_only: bool = False) -> SpatialTransformer:
+    return SpatialTransformer(
+        width,
+        depth,
+        config.context_dim,
+        config.heads(width),
+        config.norm_groups,
+        config.linear_projection,
+        cross_only,
+    )
 
 
 class Encoder(nn.Module):
@@ -363,7 +197,7 @@ class Encoder(nn.Module):
 
         middle: list[nn.Module] = [ResBlock(channels, channels, emb_dim, groups)]
         if config.middle_depth:
-            middle.append(SpatialTransformer(channels, config.middle_depth, config))
+            middle.append(_transformer(config, channels, config.middle_depth))
         self.middle_block = Block(*middle, ResBlock(channels, channels, emb_dim, groups))
         self.skip_channels = tuple(skips)
 
@@ -433,38 +267,49 @@ class UNet(Encoder):
         `merging` how self-attentions at the highest resolution that has some are merged.
         """
         emb = self.embed(t, vector, x.dtype)
-        added = residuals or Residuals()
+        added, deep = residuals or Residuals(), deep or Deep()
         added.check(len(self.input_blocks))
+        if deep.given is not None and (len(added) or (state is not None and (state.probe or state.cross))):
+            raise ValueError("reuse: not with residuals of other networks, nor where attentions are looked at")
         asked = None if state is None else self._asked(state, [] if maps is None else maps, cross)
         if merging is not None:
             asked = replace(asked or Asked(), merging=merging, cells=self._finest(x.shape[2] * x.shape[3]))
-        deep, count = deep or Deep(), len(self.input_blocks)
-        shallow = deep.shallow(count)
-        if deep.given is not None and (len(added) or (state is not None and (state.probe or state.cross))):
-            raise ValueError("reuse: not with residuals of other networks, nor where attentions are looked at")
-        freeu = None if state is None else state.freeu
         if self.room is not None and may_be_kept(context):
             context = self.room.known(context)
+        freeu = None if state is None else state.freeu
         with wrapped(self, state.seamless) if state is not None and any(state.seamless) else nullcontext():
-            skips: list[Tensor] = []
-            for index, block in enumerate(islice(self.input_blocks, shallow)):
-                x = block(x, emb, context, asked)
-                if index in added.inner:
-                    x = x + added.inner[index]
-                skips.append(x)
-            if deep.given is None:
-                x = self.middle_block(x, emb, context, asked)
-            if added.middle is not None:
-                x = x + added.middle
-            if added.skips:
-                skips = [skip + more for skip, more in zip(skips, added.skips, strict=True)]
-            for index, block in islice(enumerate(self.output_blocks), count - shallow, None):
-                x, skip = deep.up(count - index, x), skips.pop()
-                stage = index // (self.config.num_res_blocks + 1)
-                if freeu is not None and stage < 2:
-                    x, skip = free_u(x, skip, b=freeu[stage], s=freeu[stage + 2])
-                x = block(torch.cat([x, skip], dim=1), emb, context, asked)
-            return self.out(x)
+            return self._walk(x, (emb, context, asked), added, deep, freeu)
+
+    def _walk(
+        self,
+        x: Tensor,
+        told: tuple[Tensor, Tensor, Asked | None],
+        added: Residuals,
+        deep: Deep,
+        freeu: tuple[float, float, float, float] | None,
+    ) -> Tensor:
+        """Down, through the middle and up, all blocks `told` alike: time embedding, context, what is asked of them."""
+        count = len(self.input_blocks)
+        shallow = deep.shallow(count)
+        skips: list[Tensor] = []
+        for index, block in enumerate(islice(self.input_blocks, shallow)):
+            x = block(x, *told)
+            if index in added.inner:
+                x = x + added.inner[index]
+            skips.append(x)
+        if deep.given is None:
+            x = self.middle_block(x, *told)
+        if added.middle is not None:
+            x = x + added.middle
+        if added.skips:
+            skips = [skip + more for skip, more in zip(skips, added.skips, strict=True)]
+        for index, block in islice(enumerate(self.output_blocks), count - shallow, None):
+            x, skip = deep.up(count - index, x), skips.pop()
+            stage = index // (self.config.num_res_blocks + 1)
+            if freeu is not None and stage < 2:
+                x, skip = free_u(x, skip, b=freeu[stage], s=freeu[stage + 2])
+            x = block(torch.cat([x, skip], dim=1), *told)
+        return self.out(x)
 
     def _finest(self, cells: int) -> int:
         """The cells at the highest resolution that has self-attention, of so many latent cells."""
@@ -477,7 +322,7 @@ class UNet(Encoder):
         names = ["middle_block"]
         for side in ("input_blocks", "output_blocks"):
             names += [f"{side}.{index}" for index in range(len(getattr(self, side)))]
-        return tuple(name for name in names if _self_attentions(self.get_submodule(name)))
+        return tuple(name for name in names if self_attentions(self.get_submodule(name)))
 
     def _asked(self, state: State, maps: list[Tensor], cross: list[Tensor] | None) -> Asked | None:
         """The attentions that a state names; ValueError where there are none. None where it leaves them alone."""
@@ -487,7 +332,7 @@ class UNet(Encoder):
 
         def find(name: str) -> list[CrossAttention]:
             try:
-                found = _self_attentions(self.get_submodule(name))
+                found = self_attentions(self.get_submodule(name))
             except AttributeError:
                 found = []
             if not found:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from sfumato.types import Result
+if TYPE_CHECKING:
+    from sfumato.types import Job, Result
 
 POLICIES = ("off", "report", "blur", "withhold")
 GREY = 128
@@ -94,6 +95,12 @@ def treated(pixels: np.ndarray, policy: str) -> np.ndarray:
         radius = max(pixels.shape[:2]) * BLUR
         return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
     return pixels
+
+
+def prompts_of(job: Job) -> list[str]:
+    """The prompts that a job draws from, which checks of prompts look at: its own and its second pass's."""
+    second = None if job.hires is None else job.hires.prompt
+    return [job.prompt] if second is None else [job.prompt, second]
 
 
 def refuse(prompts: Sequence[str], checks: Sequence[PromptCheck]) -> None:

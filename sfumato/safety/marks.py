@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sfumato.safety import dwtdct, strong
+from sfumato.safety import dwtdct
 
 TEXT = dwtdct.TEXT
 METHODS = ("dwtdct", "strong")
@@ -24,8 +24,11 @@ class Mark:
             raise ValueError(f"watermark_method={self.method!r}: one of {', '.join(METHODS)}")
         if not self.text or not self.text.isprintable():
             raise ValueError(f"watermark={self.text!r}: a text of one line is needed")
-        if self.method == "strong" and len(self.data) > strong.MAX_LENGTH:
-            raise ValueError(f"watermark={self.text!r}: {len(self.data)} bytes; {strong.MAX_LENGTH} are allowed")
+        if self.method == "strong":
+            from sfumato.safety.strong import MAX_LENGTH  # here, for it loads SciPy, and few ask for it
+
+            if len(self.data) > MAX_LENGTH:
+                raise ValueError(f"watermark={self.text!r}: {len(self.data)} bytes; {MAX_LENGTH} are allowed")
 
     @property
     def data(self) -> bytes:
@@ -34,13 +37,20 @@ class Mark:
 
 def marked(pixels: np.ndarray, mark: Mark) -> np.ndarray:
     """pixels (H, W, 3) uint8 with a mark; ValueError where the picture is too small for it."""
-    return (strong.write if mark.method == "strong" else dwtdct.write)(pixels, mark.data)
+    if mark.method == "strong":
+        from sfumato.safety import strong
+
+        return strong.write(pixels, mark.data)
+    return dwtdct.write(pixels, mark.data)
 
 
 def check_room(mark: Mark, height: int, width: int) -> None:
     """ValueError where a picture of this size in px has no room for a mark; nothing is written."""
-    if height * width < dwtdct.SMALLEST or (mark.method == "strong" and min(height, width) < strong.SHORTEST_SIDE):
-        side = f", {strong.SHORTEST_SIDE} or more on either side" if mark.method == "strong" else ""
+    shortest = 0
+    if mark.method == "strong":
+        from sfumato.safety.strong import SHORTEST_SIDE as shortest
+    if height * width < dwtdct.SMALLEST or min(height, width) < shortest:
+        side = f", {shortest} or more on either side" if shortest else ""
         raise ValueError(f"watermark: a picture of {width} x {height} px; 256 x 256 or as many are needed{side}")
     room = (height // 8) * (width // 8) // 8
     if mark.method == "dwtdct" and len(mark.data) > room:
@@ -55,6 +65,8 @@ def found(pixels: np.ndarray, method: str | None = None, length: int = len(TEXT)
     """
     if method not in (None, *METHODS):
         raise ValueError(f"method={method!r}: one of {', '.join(METHODS)}")
+    from sfumato.safety import strong
+
     dwtdct.check_size(pixels)
     for each in METHODS[::-1] if method is None else (method,):
         data = strong.find(pixels) if each == "strong" else dwtdct.read(pixels, length)

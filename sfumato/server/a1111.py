@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
@@ -20,15 +21,16 @@ from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.schedule import SCHEDULES
 from sfumato.images import RECIPE_KEY, UPSCALERS
 from sfumato.server.a1111_jobs import Drawing, inline, job_of, over_picture, with_second_pass
-from sfumato.server.a1111_units import controls_of, units_of
+from sfumato.server.a1111_units import Unit, controls_of, units_of
 from sfumato.server.app import DeskOf, UserOf
+from sfumato.server.aside import Allowance
 from sfumato.server.desk import Desk
 from sfumato.server.hints import hint_of
 from sfumato.server.infotext import KEY, infotext, label_of, parsed
 from sfumato.server.keys import User
 from sfumato.server.orders import MAX_PICTURE_PIXELS, check_picture, keep_picture, picture_bytes
 from sfumato.server.queue import DONE, Entry
-from sfumato.server.waiting import finished
+from sfumato.server.waiting import RETRY, finished
 from sfumato.server.words import ForeignFailure, failures
 from sfumato.server.worker import PREFIX, png_of
 from sfumato.tasks.checks import LATENT_UPSCALERS, job_from_dict
@@ -128,21 +130,32 @@ async def img2img(asked: Drawing, desk: DeskOf, user: UserOf) -> dict[str, Any]:
 
 async def _answered(asked: Drawing, plain: dict[str, Any], desk: Desk, user: User) -> dict[str, Any]:
     """The pictures of a job with a request's ControlNet units; of an interrupted one there are none."""
-    controls = await run_in_threadpool(_controls, asked, plain.get("image"), desk)
-    entry = await finished(desk, user, plain | controls)
+    if units := units_of(asked.alwayson_scripts or {}):
+        if desk.closing:
+            raise HTTPException(503, "the server is ending", RETRY)
+        await run_in_threadpool(desk.check_room, user)
+        controls = await desk.aside.run(user, partial(_controls, units, plain.get("image"), desk, user))
+        plain = plain | {"controls": controls}
+    entry = await finished(desk, user, plain)
     return await run_in_threadpool(_answer, desk, entry, asked)
 
 
-def _controls(asked: Drawing, image: str | None, desk: Desk) -> dict[str, Any]:
-    """The controls that a request's units ask for; {} without any."""
+def _controls(units: list[Unit], image: str | None, desk: Desk, user: User) -> list[dict[str, Any]]:
+    """The controls that a request's units ask for. Units that ask for the same hint share it."""
+    allowance = Allowance(user.limits)
+    made: dict[tuple[Any, ...], str] = {}
 
     def hint(picture: str, annotator: str, options: dict[str, float], side: int) -> str:
-        pixels = keep_picture(picture_bytes(picture), desk.stores)[1].pixels
-        made = hint_of(desk.service, pixels, annotator, options, side)
-        return PREFIX + desk.stores.pictures.put(png_of(made))
+        wanted = (picture, annotator, *options.items(), side)
+        if wanted not in made:
+            content = picture_bytes(picture)
+            allowance.take(check_picture(content), side, "image")
+            pixels = keep_picture(content, desk.stores)[1].pixels
+            found = hint_of(desk.service, pixels, annotator, options, side)
+            made[wanted] = PREFIX + desk.stores.pictures.put(png_of(found))
+        return made[wanted]
 
-    units = units_of(asked.alwayson_scripts or {})
-    return {"controls": controls_of(units, desk.pipeline.extras.shelf, image, hint)} if units else {}
+    return controls_of(units, desk.pipeline.extras.shelf, image, hint)
 
 
 @router.get("/progress")
@@ -297,8 +310,15 @@ def png_info(asked: OnePicture, desk: DeskOf, user: UserOf) -> dict[str, Any]:
 
 
 @router.post("/extra-single-image")
-def extra_single_image(asked: Extra, desk: DeskOf, user: UserOf) -> dict[str, str]:
+async def extra_single_image(asked: Extra, desk: DeskOf, user: UserOf) -> dict[str, str]:
     """Enlarge a picture, `upscaling_resize` times or to a size within `upscaling_resize_w` x `upscaling_resize_h`."""
+    if desk.closing:
+        raise HTTPException(503, "the server is ending", RETRY)
+    return {"image": await desk.aside.run(user, partial(_enlarged, asked, desk, user)), "html_info": ""}
+
+
+def _enlarged(asked: Extra, desk: Desk, user: User) -> str:
+    """The picture, enlarged, in base64."""
     _, picture = keep_picture(picture_bytes(asked.image), desk.stores)
     known = {"None": "nearest", **{name: name for name in (*UPSCALERS, *packaged_upscalers())}}
     upscaler = known.get(asked.upscaler_1) or known.get(asked.upscaler_1.lower())
@@ -314,4 +334,4 @@ def extra_single_image(asked: Extra, desk: DeskOf, user: UserOf) -> dict[str, st
     size = max(1, round(width * factor)), max(1, round(height * factor))
     studio = desk.pipeline.studio(Pictures())
     found = desk.service.between(lambda: studio.enlarged(picture.pixels[None], *size, upscaler)[0])
-    return {"image": base64.b64encode(png_of(found)).decode("ascii"), "html_info": ""}
+    return base64.b64encode(png_of(found)).decode("ascii")

@@ -106,9 +106,12 @@ def module_of(name: str | None, field: str = "module") -> Module | None:
 
 
 def options_of(module: Module, unit: Unit) -> dict[str, float]:
-    """The options of a module's annotator, as a unit's numbers say."""
+    """The options of a module's annotator, as a unit's numbers say. Thresholds in the wrong order are swapped."""
     said = (unit.threshold_a, unit.threshold_b)
-    return {slider.option: slider.value(value) for slider, value in zip(module.sliders, said, strict=False)}
+    found = {slider.option: slider.value(value) for slider, value in zip(module.sliders, said, strict=False)}
+    if found.keys() == {"low", "high"}:  # as OpenCV's Canny does it there
+        found = dict(zip(("low", "high"), sorted(found.values()), strict=True))
+    return found
 
 
 def side_of(resolution: float) -> int:

@@ -5,6 +5,7 @@ Every answer but of the 2xx is {"error": {"field", "message"}}.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -44,7 +45,7 @@ router = APIRouter()
 health = APIRouter()
 
 
-def desk_of(request: Request) -> Desk:
+async def desk_of(request: Request) -> Desk:
     """The desk of the application that is asked."""
     return request.app.state.desk
 
@@ -54,7 +55,7 @@ def user_of(request: Request, authorization: Annotated[str | None, Header()] = N
 
     401 without, 429 where one asks too often.
     """
-    desk = desk_of(request)
+    desk: Desk = request.app.state.desk
     user = whose_key(desk, authorization)
     if user is None:
         raise HTTPException(401, "authorization: 'Bearer' and a key are needed", {"WWW-Authenticate": "Bearer"})
@@ -193,16 +194,16 @@ def metrics(request: Request, user: UserOf) -> Response:
 
 
 @health.get("/healthz")
-def healthz() -> words.Health:
+async def healthz() -> words.Health:
     """200 while the process answers."""
     return words.Health(ok=True)
 
 
 @health.get("/readyz", responses={503: {"model": words.Health}})
-def readyz(desk: DeskOf, response: Response) -> words.Health:
-    """200 while it can draw."""
+async def readyz(desk: DeskOf, response: Response) -> words.Health:
+    """200 while it can draw. Asked beside the threads that requests share, so that it is never late for them."""
     try:
-        why = desk.problem()
+        why = await asyncio.to_thread(desk.problem)
     except SQLAlchemyError:
         log.exception("the queue does not answer")
         why = "the queue does not answer"
@@ -280,7 +281,7 @@ async def _wrong_value(request: Request, error: Exception) -> Response:
     assert isinstance(error, ValueError)
     status = 409 if isinstance(error, Conflict) else 429 if isinstance(error, Full) else 422
     headers = {"Retry-After": "5"} if isinstance(error, Full) else None
-    return _said(request, status, desk_of(request).worker.plain(str(error)), field_of(error), headers)
+    return _said(request, status, request.app.state.desk.worker.plain(str(error)), field_of(error), headers)
 
 
 async def _no_queue(request: Request, error: Exception) -> Response:

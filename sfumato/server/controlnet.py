@@ -6,17 +6,20 @@ Source: the extension sd-webui-controlnet 1.1, and its client webuiapi 0.9.17.
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, Field
 
 from sfumato.server.a1111_units import USUAL, Slider, Unit, module_of, modules, options_of, side_of
 from sfumato.server.app import DeskOf, UserOf
+from sfumato.server.aside import Allowance
 from sfumato.server.desk import Desk
 from sfumato.server.hints import hint_of
-from sfumato.server.orders import MAX_CONTROLS, keep_picture, picture_bytes
+from sfumato.server.keys import User
+from sfumato.server.orders import MAX_CONTROLS, check_picture, keep_picture, picture_bytes
+from sfumato.server.waiting import RETRY
 from sfumato.server.words import ForeignFailure, failures
 from sfumato.server.worker import png_of
 
@@ -75,20 +78,27 @@ def control_types(desk: DeskOf, user: UserOf) -> dict[str, Any]:
 @router.post("/detect")
 async def detect(asked: Detect, desk: DeskOf, user: UserOf) -> dict[str, Any]:
     """The hints of pictures."""
-    return await run_in_threadpool(_detected, asked, desk)
+    if desk.closing:
+        raise HTTPException(503, "the server is ending", RETRY)
+    return await desk.aside.run(user, partial(_detected, asked, desk, user))
 
 
-def _detected(asked: Detect, desk: Desk) -> dict[str, Any]:
+def _detected(asked: Detect, desk: Desk, user: User) -> dict[str, Any]:
     module = module_of(asked.controlnet_module, "controlnet_module")
     sent = asked.controlnet_input_images or asked.controlnet_images
     if not sent:
         raise ValueError("controlnet_input_images: one picture at least is needed")
     side = side_of(asked.controlnet_processor_res)
     unit = Unit(threshold_a=asked.controlnet_threshold_a, threshold_b=asked.controlnet_threshold_b)
+    field, most = "controlnet_input_images", user.limits.count
+    if len(sent) > most:
+        raise ValueError(f"{field}: {len(sent)} pictures; {most} are allowed")
+    contents, allowance = [picture_bytes(each, field) for each in sent], Allowance(user.limits)
+    for content in contents:
+        allowance.take(check_picture(content, field), None if module is None else side, field)
     images = []
-    for each in sent:
-        field = "controlnet_input_images"
-        pixels = keep_picture(picture_bytes(each, field), desk.stores, field)[1].pixels
+    for content in contents:
+        pixels = keep_picture(content, desk.stores, field)[1].pixels
         if module is not None:
             pixels = hint_of(desk.service, pixels, module.annotator, options_of(module, unit), side)
         images.append(base64.b64encode(png_of(pixels)).decode("ascii"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sfumato.pipeline import Pipeline
+from sfumato.server.aside import Aside
 from sfumato.server.keys import Keys, Limits, Meter, User
 from sfumato.server.orders import order_from
 from sfumato.server.protecting import Protector
@@ -61,12 +62,17 @@ class Desk:
         if protector is not None and protector.hides:
             self.service.preview = None  # nobody has looked at what a preview shows
         self.worker = Worker(self.queue, self.service, self.stores, settings.keep, protector)
+        self.aside = Aside()
         self._options: dict[str, dict[str, Any]] = {}
         self.closing = False
 
     @property
     def model_name(self) -> str:
         return self.pipeline.model.name
+
+    def check_room(self, user: User) -> None:
+        """Full where a user may have no more unfinished jobs; for doors that do something before they submit one."""
+        self.queue.check_room(user.name, user.limits.waiting)
 
     def submit(self, plain: Mapping[str, Any], user: User, priority: int = 0, key: str | None = None) -> Entry:
         """Accept a job in plain JSON. ValueError names the field; Conflict and Full are such too."""
@@ -101,6 +107,7 @@ class Desk:
     def close(self, grace: float = 0.0) -> None:
         """Begin nothing more, finish within `grace` s what is at work; what is not waits in the queue."""
         self.closing = True
+        self.aside.close()
         self.worker.close(grace)
         self.queue.close()
         if self._lock is not None:

@@ -11,9 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sfumato.images.annotate import ANNOTATORS, annotate, find_annotator
 from sfumato.images.fitting import fitted
+from sfumato.memory import GIB, free_memory
+from sfumato.models.hed import HEDConfig
 from sfumato.server.service import Service
 from sfumato.types import Control
 from sfumato.weights.controls import hed
@@ -23,7 +26,7 @@ from sfumato.weights.files import open_tensors
 from sfumato.weights.shelf import Shelf
 from sfumato.weights.towers import FILES
 
-MAX_HINT = 16_000_000  # pixels that an annotator is given
+SLACK = 1.35  # of what a network's tensors take, as for U-Nets (memory/estimate.py)
 
 
 def annotators() -> tuple[str, ...]:
@@ -63,20 +66,41 @@ def check_options(name: str, options: Mapping[str, float], field: str) -> None:
             raise ValueError(f"{field}.options: {error}") from error
 
 
+def hint_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) of a picture's hint whose shorter side is `side` px; `size` is the picture's (width, height)."""
+    scale = side / min(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def check_hint_memory(name: str, size: tuple[int, int], device: torch.device, field: str) -> None:
+    """ValueError with the estimate where an annotator has a network that has no room for (width, height) px.
+
+    The most is taken at HED's first scale: a convolution's input, its result, and what is made of that, in float32.
+    """
+    if find_annotator(name).network is None:
+        return
+    try:
+        free = free_memory(device)
+    except ValueError:  # the system does not say
+        return
+    taken = round(3 * 4 * HEDConfig().widths[0] * size[0] * size[1] * SLACK)
+    if taken > free:
+        raise ValueError(
+            f"{field}: {name} of {size[0]} x {size[1]} px needs about {taken / GIB:.1f} GiB, {free / GIB:.1f} are free"
+        )
+
+
 def hint_of(service: Service, pixels: np.ndarray, name: str, options: Mapping[str, float], side: int) -> np.ndarray:
     """The hint (H, W, 3) uint8 of a picture whose shorter side is made `side` px first.
 
-    Annotators with a network are run by the service, between two steps. ValueError as of annotate, or where the
-    picture would be too large.
+    Annotators with a network are run by the service, between two steps. ValueError as of annotate, or where there is
+    no memory for one.
     """
-    tall, wide = pixels.shape[:2]
-    scale = side / min(tall, wide)
-    width, height = max(1, round(wide * scale)), max(1, round(tall * scale))
-    if width * height > MAX_HINT:
-        raise ValueError(f"image: {width} x {height} px for its hint; {MAX_HINT} in all are allowed")
+    width, height = hint_size((pixels.shape[1], pixels.shape[0]), side)
     extras = service.pipeline.extras
     if find_annotator(name).network is None:
         return annotate(fitted(pixels, width, height, "stretch"), name, None, **options)
+    check_hint_memory(name, (width, height), service.pipeline.model.device, "image")
     control = Control(annotate=name, options=dict(options), resize="stretch")
     hint = service.between(lambda: extras.hint(control, pixels, width, height))
     return np.ascontiguousarray((hint[0] * 255).round().byte().permute(1, 2, 0).numpy())

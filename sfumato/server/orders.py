@@ -21,10 +21,11 @@ from PIL import Image
 
 from sfumato.families import Family
 from sfumato.images import UPSCALERS, Picture
+from sfumato.images.annotate import ANNOTATORS
 from sfumato.images.reading import DAMAGE, KINDS
 from sfumato.pipeline import Pipeline
 from sfumato.prompts.networks import Hypernet, Lora
-from sfumato.server.hints import check_control
+from sfumato.server.hints import check_control, check_hint_memory
 from sfumato.server.keys import Limits
 from sfumato.server.worker import PREFIX, Stores, names_in
 from sfumato.tasks.checks import complete, job_from_dict
@@ -138,6 +139,10 @@ def order_from(plain: dict[str, Any], pipeline: Pipeline, stores: Stores, limits
     _check_names(job, pipeline.extras.shelf)
     _check_limits(job, shelf.size(job), pipeline.model.family, limits)
     check_memory([job], pipeline.model, shelf, pipeline.tile)
+    for number, control in enumerate(job.controls):
+        if control.annotate in ANNOTATORS:
+            drawn = int(job.width or 0), int(job.height or 0)
+            check_hint_memory(control.annotate, drawn, pipeline.model.device, f"controls[{number}].annotate")
     size = final_size(job, pipeline.model, shelf)
     return Order(plain, job, tuple(name.removeprefix(PREFIX) for name in pictures), size)
 

@@ -6,6 +6,7 @@ Whoever looks at pictures, marks and signs them is handed in; nothing of the kin
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,14 @@ import numpy as np
 from PIL import Image
 
 from sfumato.images import RECIPE_KEY
+from sfumato.images.reading import DAMAGE
 from sfumato.types import Job, Result
 
+log = logging.getLogger(__name__)
+
 REMEMBERED = 20_000  # results whose recipes need not be read again
+# What each part of a recipe that is answered has at least.
+VERDICT, MARK, SIGNATURE = {"policy", "flagged", "scores", "checker"}, {"text", "method"}, {"by"}
 
 
 class Protector(Protocol):
@@ -50,12 +56,18 @@ class Told:
 
 
 def told_by(path: Path | None) -> Told:
-    """What a result says of itself; nothing where it is gone. A file's name is its content's, so it is read once."""
+    """What a result says of itself; nothing where it is gone, or damaged, which is logged once.
+
+    A file's name is its content's, so it is read once.
+    """
     if path is None:
         return Told()
     try:
         return _read(path)
     except FileNotFoundError:  # cleaned away meanwhile
+        return Told()
+    except (*DAMAGE, AttributeError) as error:  # a recipe that is no object has no parts
+        _tell_damage(path, " ".join(str(error).split()) or type(error).__name__)
         return Told()
 
 
@@ -63,5 +75,15 @@ def told_by(path: Path | None) -> Told:
 def _read(path: Path) -> Told:
     with Image.open(path) as picture:
         recipe = json.loads(picture.info.get(RECIPE_KEY, "{}"))
-    signature = recipe.get("signature") or {}
-    return Told(recipe.get("safety"), recipe.get("watermark"), signature.get("by"))
+    parts = [recipe.get(name) for name in ("safety", "watermark", "signature")]
+    for part, needed in zip(parts, (VERDICT, MARK, SIGNATURE), strict=True):
+        if part is not None and not needed <= part.keys():
+            raise ValueError(f"its recipe is damaged ({', '.join(sorted(needed))} are needed)")
+    safety, watermark, signature = parts
+    return Told(safety, watermark, None if signature is None else signature["by"])
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _tell_damage(path: Path, why: str) -> None:
+    """Log that a result cannot be read; once each."""
+    log.warning("result %s: damaged or cut short (%s)", path.name, why)

@@ -131,8 +131,8 @@ class Queue:
             with Session(self._engine) as session, session.begin():
                 if found := self._same(session, user, key, job):
                     return found
-                if most is not None and self._unfinished(session, user) >= most:
-                    raise Full(f"jobs: {user!r} has {most} unfinished ones, and no more may wait")
+                if most is not None:
+                    self._check_room(session, user, most)
                 row = JobRow(
                     id=uuid.uuid4().hex, user=user, key=key, state=QUEUED, priority=priority, job=job,
                     created=self._now(session), attempts=0, crashes=0, done=0, total=0, cancelling=False,
@@ -147,6 +147,11 @@ class Queue:
                 if found is None:
                     raise
                 return found
+
+    def check_room(self, user: str, most: int) -> None:
+        """Full where a user has `most` unfinished jobs already."""
+        with Session(self._reading) as session:
+            self._check_room(session, user, most)
 
     def claim(self, worker: str, leave: Collection[str] = ()) -> Entry | None:
         """The next job, but for users in `leave`, the worker's until its lease ends.
@@ -377,6 +382,7 @@ class Queue:
             raise Conflict(f"idempotency key={key[:40]!r}: it was used for another job")
         return None if row is None else _entry(row)
 
-    def _unfinished(self, session: Session, user: str) -> int:
+    def _check_room(self, session: Session, user: str, most: int) -> None:
         waiting = select(func.count(JobRow.seq)).where(JobRow.user == user, JobRow.state.in_((QUEUED, RUNNING)))
-        return session.scalar(waiting) or 0
+        if (session.scalar(waiting) or 0) >= most:
+            raise Full(f"jobs: {user!r} has {most} unfinished ones, and no more may wait")

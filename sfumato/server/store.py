@@ -24,10 +24,10 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, content: bytes) -> str:
-        """Keep a content; returns its name. One that is there already is as if it were new."""
+        """Keep a content; returns its name. One that is there already is as if it were new; one cut short is mended."""
         name = hashlib.sha256(content).hexdigest()
         path = self._path(name)
-        if path.exists():
+        if path.exists() and path.stat().st_size == len(content):
             os.utime(path)
             return name
         beside = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.part"

@@ -29,9 +29,10 @@ from sfumato.server.queue import Entry, Queue
 from sfumato.server.service import Service
 from sfumato.server.store import Store
 from sfumato.server.ticket import DONE, FAILED, OVER, Ticket
-from sfumato.tasks.checks import job_from_dict
-from sfumato.tasks.pictures import PICTURES
-from sfumato.types import Result
+from sfumato.tasks.checks import complete, job_from_dict
+from sfumato.tasks.pictures import PICTURES, Pictures
+from sfumato.tasks.plot import final_size
+from sfumato.types import Job, Result
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Stores:
 class Worker:
     """Keeps a service fed from a queue, in a thread. `keep` s is how long jobs that are over are remembered.
 
-    What was drawn goes through the `protector`, if there is one, before it is put anywhere.
+    The `protector`, if there is one, is asked about each job that is claimed, and what was drawn goes through it before
+    it is put anywhere.
     """
 
     def __init__(
@@ -165,11 +167,20 @@ class Worker:
             try:
                 pictures = {name: self.stores.find(name) for name in names_in(entry.job)}
                 job = job_from_dict(entry.job)
+                self._check_order(job, Pictures(pictures))
                 self._tickets[entry.id] = self.service.submit(job, entry.user, self._listener(entry), pictures)
             except Exception as error:
                 self._fail(entry.id, error)
             else:
                 log.info("job %s of %s begins", entry.id, entry.user or "nobody")
+
+    def _check_order(self, job: Job, pictures: Pictures) -> None:
+        """ValueError where a job, accepted maybe before the server was told to look, may not be drawn."""
+        if self.protector is None:
+            return
+        model = self.service.pipeline.model
+        job = complete(job, model.family, pictures.size(job))
+        self.protector.check_order(job, *final_size(job, model, pictures))
 
     def _listener(self, entry: Entry) -> Any:
         told = ""

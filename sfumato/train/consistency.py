@@ -129,11 +129,14 @@ class ConsistencyObjective:
         return c_skip * small[:, None, None, None] * x + c_out * x0
 
     def _levels(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Timesteps (count,) of the solver's levels, and those one of its steps lower: the lowest goes to 0."""
-        stride = len(self.student.schedule.sigmas) // self.config.solver_steps
-        index = torch.randint(1, self.config.solver_steps + 1, (count,), generator=generator)
-        t = stride * index - 1
-        return t, (t - stride).clamp(min=0)
+        """Timesteps (count,) of the solver's levels, and those one of its steps lower.
+
+        The highest of the S even levels is T - 1, whether or not S divides T; the lowest goes to 0.
+        """
+        total, steps = len(self.student.schedule.sigmas), self.config.solver_steps
+        index = torch.randint(1, steps + 1, (count,), generator=generator)
+        t, t_next = (each * total // steps - 1 for each in (index, index - 1))
+        return t, t_next.clamp(min=0)
 
     def _guided(self, x: Tensor, sigma: Tensor, told: Told, empty: Told) -> Tensor:
         """The teacher's x0 with guidance: both rows of each picture in one call."""

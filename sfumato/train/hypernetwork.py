@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.families import Model
 from sfumato.models.hypernetwork import Hypernetwork, HypernetworkConfig, worn
-from sfumato.models.unet import CrossAttention
+from sfumato.models.transformer import CrossAttention
 from sfumato.train.data import LatentBatch
 from sfumato.train.diffusion import DiffusionConfig, frozen
 from sfumato.train.inversion import objective_of, states, told_by

@@ -17,7 +17,7 @@ from sfumato.train.config import LoopConfig
 def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with 32 or 8 bits a moment; norms and biases are not decayed.
 
-    ValueError where 8 bits are asked for and bitsandbytes is missing.
+    Its steps are counted as changes of the weights. ValueError where 8 bits are asked for and bitsandbytes is missing.
     """
     listed = list(parameters)
     whole = [p for p in listed if p.ndim == 0]  # never spread over ranks, and a kernel takes only one kind
@@ -27,11 +27,25 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: f
         {"params": whole, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+        return _counting(torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; or take adamw")
     library = importlib.import_module("bitsandbytes")
-    return cast(torch.optim.Optimizer, library.optim.AdamW8bit(groups, lr=lr, betas=config.betas))
+    return _counting(cast(torch.optim.Optimizer, library.optim.AdamW8bit(groups, lr=lr, betas=config.betas)))
+
+
+def _counting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser, whose every step from now on counts as a change of the weights that it has."""
+    optimizer.register_step_post_hook(_count_change)
+    return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """After a step: kernels of an optimiser's own write without it, and by the counts stale copies are told.
+
+    PyTorch's fused AdamW and 8-bit ones are such; models/inference.py keeps such copies.
+    """
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 SHARE = "share"  # of a group's parameters in the network's learning rate; without it all of it

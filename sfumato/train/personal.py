@@ -114,21 +114,30 @@ def run(ready: Ready, setup: Setup, checkpointing: bool = False) -> Path:
     keep_settings(setup.folder, ready.settings | {"base": setup.model.hash})
     left = setup.config.steps - _steps_done(setup.folder)
     networks = nn.ModuleList([*setup.model.networks.values(), ready.objective.network])
-    hasten(networks)
-    with recomputed(nn.ModuleList([setup.model.unet, ready.objective.network])) if checkpointing else nullcontext():
-        if left > 0:
-            cost = measure(ready.objective, ready.examples, setup.config, nn.ModuleList(setup.model.networks.values()))
-            log.info("%s", cost.line(left, setup.config, len(ready.examples) if ready.examples.keeps else None))
-        try:
-            state = fit(ready.objective, ready.examples, setup.config, setup.folder, ready.save, ready.samples)
-        except KeyboardInterrupt:
-            ready.save(_as_saved(ready, setup))
-            raise
-        finally:
-            hasten(networks, on=False)
+    around = recomputed(nn.ModuleList([setup.model.unet, ready.objective.network])) if checkpointing else nullcontext()
+    try:
+        hasten(networks)
+        with around:
+            if left > 0:
+                kept = len(ready.examples) if ready.examples.keeps else None
+                all_of_it = nn.ModuleList(setup.model.networks.values())
+                cost = measure(ready.objective, ready.examples, setup.config, all_of_it)
+                log.info("%s", cost.line(left, setup.config, kept))
+            state = _fitted(ready, setup)
+    finally:
+        hasten(networks, on=False)
     if not ready.result.exists():
         ready.save(state)
     return ready.result
+
+
+def _fitted(ready: Ready, setup: Setup) -> State:
+    """The state after the last step; where a person stops it, the result of those that were done is written."""
+    try:
+        return fit(ready.objective, ready.examples, setup.config, setup.folder, ready.save, ready.samples)
+    except KeyboardInterrupt:
+        ready.save(_as_saved(ready, setup))
+        raise
 
 
 def _as_saved(ready: Ready, setup: Setup) -> State:

@@ -23,7 +23,7 @@ from sfumato.families import Model
 from sfumato.images.annotate import ANNOTATORS, Network, annotate, find_annotator
 from sfumato.models.beside import KINDS
 from sfumato.models.hypernetwork import ACTIVATIONS, WEIGHT_INITS, HypernetworkConfig
-from sfumato.models.unet import CrossAttention
+from sfumato.models.transformer import CrossAttention
 from sfumato.train import personal
 from sfumato.train.conditions import check_trainable
 from sfumato.train.controlnet import CAPTION_DROP
