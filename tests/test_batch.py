@@ -16,12 +16,11 @@ import pytest
 from sfumato.batch.drawing import Hand, Plan
 from sfumato.batch.ledger import Ledger, Outcome, outcomes
 from sfumato.batch.rows import Reader, file_name, seed_of, share
-from sfumato.batch.tables import read_table
-from sfumato.cli import protecting
 from sfumato.cli.batch import read_shard
 from sfumato.cli.main import main
 from sfumato.images import load_png
 from sfumato.pipeline import Pipeline
+from sfumato.safety import choosing
 from sfumato.safety.checking import Verdict
 from sfumato.types import Hires, Job
 from sfumato.weights.files import sha256
@@ -82,40 +81,6 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_tables_of_all_kinds_give_the_same_rows(tmp_path: Path, kind: str) -> None:
-    assert read_table(table(tmp_path / f"t.{kind}")) == [dict(row) for row in ROWS]
-
-
-def test_whole_numbers_with_gaps_and_cells_of_text_become_what_a_job_has(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text('prompt,steps,mask_invert,freeu,hires.scale\n"a, b",4,yes,"[1.5,1.6,0.9,0.2]",2\nc,,,,\n')
-    expected = {"prompt": "a, b", "steps": 4, "mask_invert": True, "freeu": [1.5, 1.6, 0.9, 0.2], "hires.scale": 2.0}
-    assert read_table(path) == [expected, {"prompt": "c"}]
-    polars = pytest.importorskip("polars")
-    path = tmp_path / "t.parquet"
-    polars.DataFrame({"prompt": ["a", "b"], "steps": [4.0, None], "guidance": [3.0, 4.0]}).write_parquet(path)
-    rows = read_table(path)
-    assert rows == [{"prompt": "a", "steps": 4, "guidance": 3.0}, {"prompt": "b", "guidance": 4.0}]
-    assert isinstance(rows[0]["steps"], int) and isinstance(rows[0]["guidance"], float)
-
-
-@pytest.mark.parametrize("name, content, why", [
-    ("t.txt", "a", ".parquet, .csv, .jsonl"), ("t.jsonl", "", "no row"), ("t.jsonl", '{"steps": 3}\n', "prompt"),
-    ("t.jsonl", '{"prompt": "a"}\n{', "row=1: not JSON"), ("t.jsonl", '{"prompt": "a"}\n3\n', "row=1: '3'"),
-    ("t.csv", "prompt,steps\na,4\nb,many\n", "row=1: steps='many': a number"),
-    ("t.csv", "prompt,steps\na,4,5\n", "row=0: 2 cells"), ("t.csv", 'prompt\n"a', "not CSV"),
-    ("t.csv", b"prompt\n\xff\n", "not UTF-8"), ("t.parquet", "PAR1", "not a Parquet file"),
-    ("t.csv", "prompt,hires\na,3\n", "row=0: hires='3': an object"),
-    ("t.csv", "prompt,mask_invert\na,maybe\n", "true or false"),
-])  # fmt: skip
-def test_a_table_that_is_none_is_told(tmp_path: Path, name: str, content: str | bytes, why: str) -> None:
-    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ValueError) as told:
-        read_table(tmp_path / name)
-    assert why in str(told.value) and "\n" not in str(told.value)
-
-
 @pytest.mark.parametrize("row, why", [
     ({"prompt": "a", "steps": 0}, "row=2: steps=0: a whole number from 1"),
     ({"prompt": "a", "guidance": -1.0}, "row=2: guidance=-1.0: a number from 0"),
@@ -128,6 +93,7 @@ def test_a_table_that_is_none_is_told(tmp_path: Path, name: str, content: str | 
     ({"prompt": "a", "hires.strength": 0.5}, "row=2: hires.strength: there is no second pass"),
     ({"prompt": "a", "hires": {"what": 1}}, "row=2: hires.what: no such field"),
     ({"prompt": "a bad thing"}, "row=2: prompt: refused"),
+    ({"prompt": "a", "steps": float("inf")}, "row=2: steps=inf: a whole number"),
 ])  # fmt: skip
 def test_the_first_bad_row_is_named_before_anything_is_drawn(tmp_path, tiny_checkpoint, capsys, row, why) -> None:
     words = tmp_path / "words.txt"
@@ -340,19 +306,6 @@ def test_a_row_stands_instead_of_the_flags() -> None:
     assert job.hires == Hires(scale=2.0, strength=0.5) and job.seed == seed_of(3, 0)
 
 
-def test_what_is_put_down_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, {"seed": 1}, {0: "a", 1: "b", 2: "c"})
-    ledger.put(Outcome(1, error="no"))
-    ledger.put(Outcome(0))
-    ledger.close()
-    again = Ledger(tmp_path, {"seed": 1}, {0: "a", 1: "b", 2: "c"})
-    assert again.done == {0, 1} and again.failed == 1
-    again.close()
-    mended = Ledger(tmp_path, {"seed": 1}, {0: "a", 1: "other"})
-    assert mended.done == {0}, "a row that failed and was changed is drawn"
-    mended.close()
-
-
 def test_a_checkers_verdict_is_in_the_index(tmp_path, tiny_checkpoint, monkeypatch) -> None:
     class Every:
         name = "every"
@@ -360,7 +313,7 @@ def test_a_checkers_verdict_is_in_the_index(tmp_path, tiny_checkpoint, monkeypat
         def check(self, images: np.ndarray) -> list[Verdict]:
             return [Verdict(True, {"a": 0.75}, self.name) for _ in images]
 
-    monkeypatch.setattr(protecting, "open_checker", lambda *_: Every())
+    monkeypatch.setattr(choosing, "open_checker", lambda *_: Every())
     out, source = tmp_path / "out", table(tmp_path / "t.jsonl", ROWS[:1])
     assert draw(source, out, tiny_checkpoint, "--safety", "withhold") == 0
     assert [line["verdict"] for line in index(out)] == [{"flagged": True, "scores": {"a": 0.75}, "checker": "every"}]
@@ -371,7 +324,8 @@ def test_a_checkers_verdict_is_in_the_index(tmp_path, tiny_checkpoint, monkeypat
 def cluster():
     """Ray on this machine, with room for two replicas."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "240000")  # Ray's helpers begin slowly on a busy machine
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -394,6 +348,13 @@ def test_ray_draws_the_same_pictures(tmp_path, tiny_checkpoint, capsys, cluster)
     assert draw(source, tmp_path / "x", tmp_path / "none.ckpt", "--ray") == 2 and "none.ckpt" in error_line(capsys)
     assert draw(source, tmp_path / "x", tiny_checkpoint, "--ray", "--replicas", "0") == 2
     assert "replicas=0" in error_line(capsys)
+
+
+@pytest.mark.services
+def test_relative_paths_hold_at_rays_actors(tmp_path, tiny_checkpoint, monkeypatch, cluster) -> None:
+    from tests.test_elsewhere import relative_run
+
+    relative_run(tmp_path, tiny_checkpoint, monkeypatch, lambda: None)
 
 
 @pytest.mark.services

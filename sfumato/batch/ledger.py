@@ -11,7 +11,9 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,12 +41,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of a row: its pictures, or the error for which it has none. `mark` says what the row was."""
+    """What has become of a row: its pictures, or the error for which it has none.
+
+    `mark` says what the row was, `time` when it was put down, in s since 1970; 0 in lines from before there were times.
+    """
 
     row: int
     pictures: tuple[Kept, ...] = ()
     error: str | None = None
     mark: str = ""
+    time: float = 0.0
 
 
 def keep_picture(folder: Path, file: str, image: np.ndarray, made: Mapping[str, Any]) -> str:
@@ -64,8 +70,8 @@ class Ledger:
     """The rows of a shard (i, n) that are over, in a run's folder, which one process at a time holds.
 
     `settings` is what decides the pictures beside the rows, `marks` tells the run's rows from others: a folder that was
-    begun with something else is refused; a row that failed and was mended is not over, nor with `retry` any that
-    failed. ValueError where another process holds the shard.
+    begun with something else is refused, one that does not know a setting was begun with that of `usual`; a row that
+    failed and was mended is not over, nor with `retry` any that failed. ValueError where another holds the shard.
     """
 
     def __init__(
@@ -75,10 +81,11 @@ class Ledger:
         marks: Mapping[int, str],
         shard: tuple[int, int] = (1, 1),
         retry: bool = False,
+        usual: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.marks = folder, marks
         folder.mkdir(parents=True, exist_ok=True)
-        self._settle(settings)
+        self._settle(settings, usual or {})
         name = "rows.jsonl" if shard[1] == 1 else f"rows-{shard[0]}-of-{shard[1]}.jsonl"
         self._check_others(shard)
         self._file = _held(folder / name)
@@ -87,13 +94,13 @@ class Ledger:
         self._file.seek(whole)
         self.done: set[int] = set()
         self.failed = 0  # rows of this run
-        for outcome in outcomes(folder):
+        for outcome in outcomes(folder, marks):
             self._note(outcome, retry)
         self._sweep(shard)
 
     def put(self, outcome: Outcome) -> None:
         """A row is over; once this returns, it is so after a power cut too. Its pictures lie there already."""
-        outcome = replace(outcome, mark=self.marks[outcome.row])
+        outcome = replace(outcome, mark=self.marks[outcome.row], time=time.time())
         self._file.write(json.dumps(asdict(outcome)).encode() + b"\n")
         _sync(self._file)
         self.done.add(outcome.row)
@@ -119,7 +126,7 @@ class Ledger:
             )
         self.done.add(outcome.row)
 
-    def _settle(self, settings: Mapping[str, Any]) -> None:
+    def _settle(self, settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
         """Note what decides the pictures; ValueError where the folder was begun with something else."""
         path = self.folder / SETTINGS
         if not path.exists():
@@ -130,10 +137,13 @@ class Ledger:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"out={str(self.folder)!r}: its {SETTINGS} is damaged ({error})") from error
+        if not isinstance(before, dict):
+            raise ValueError(f"out={str(self.folder)!r}: its {SETTINGS} is damaged (an object is needed)")
         for name in {**before, **settings}:
-            if before.get(name) != (now := json.loads(json.dumps(settings.get(name)))):
+            then = before.get(name, usual.get(name))
+            if then != (now := json.loads(json.dumps(settings.get(name)))):
                 raise ValueError(
-                    f"{name}={now!r}: the pictures in {str(self.folder)!r} were begun with {before.get(name)!r}; "
+                    f"{name}={now!r}: the pictures in {str(self.folder)!r} were begun with {then!r}; "
                     "the same or another folder is needed"
                 )
 
@@ -153,28 +163,44 @@ class Ledger:
                     path.unlink(missing_ok=True)
 
 
-def outcomes(folder: Path) -> list[Outcome]:
-    """What has become of every row that is over, of all shards, by number; of a row tried again the last."""
+def outcomes(folder: Path, marks: Mapping[int, str] | None = None) -> list[Outcome]:
+    """What has become of every row that is over, of all shards, by number.
+
+    Of a row with several: what it is now, by `marks`, before what it was; pictures before an error; then the latest.
+    """
     found: dict[int, Outcome] = {}
+    marks = marks or {}
+
+    def worth(outcome: Outcome) -> tuple[bool, bool, float]:
+        return outcome.mark == marks.get(outcome.row), outcome.error is None, outcome.time
+
     for path in sorted(path for path in folder.iterdir() if JOURNAL.fullmatch(path.name)):
         lines = path.read_bytes().split(b"\n")[:-1]  # what is behind the last is not whole
         for number, line in enumerate(lines, 1):
             try:
                 plain = json.loads(line)
                 kept = tuple(Kept(**each) for each in plain["pictures"])
-                outcome = Outcome(plain["row"], kept, plain["error"], plain["mark"])
+                outcome = Outcome(plain["row"], kept, plain["error"], plain["mark"], float(plain.get("time", 0)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"out={str(path)!r}: line {number} is damaged ({error})") from error
             before = found.get(outcome.row)
-            if before is None or before.error is not None:
+            if before is None or worth(outcome) >= worth(before):  # of one file the later line
                 found[outcome.row] = outcome
     return [found[row] for row in sorted(found)]
 
 
-def write_index(folder: Path, parquet: bool) -> Path:
-    """Write what there is as one table, a line a picture or a row that failed; returns where it is."""
-    lines = list(_index(outcomes(folder)))
+def write_index(folder: Path, parquet: bool, marks: Mapping[int, str] | None = None) -> Path:
+    """Write what there is as one table, a line a picture or a row that failed; returns where it is.
+
+    Shards that end together do so one after the other, so that the last one's index has the rows of all.
+    """
     path = folder / ("index.parquet" if parquet else "index.jsonl")
+    with _alone(folder):
+        _write_table(path, parquet, list(_index(outcomes(folder, marks))))
+    return path
+
+
+def _write_table(path: Path, parquet: bool, lines: list[dict[str, Any]]) -> None:
     with written_beside(path) as beside:
         if parquet:
             polars = table_library()
@@ -185,7 +211,6 @@ def write_index(folder: Path, parquet: bool) -> Path:
             polars.DataFrame(lines, schema=schema).write_parquet(beside)
         else:
             beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="ascii")
-    return path
 
 
 def _index(found: list[Outcome]) -> Iterator[dict[str, Any]]:
@@ -206,6 +231,14 @@ def _held(path: Path) -> BinaryIO:
         file.close()
         raise ValueError(f"out={str(path.parent)!r}: another run is at work there ({path.name})") from error
     return file
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block that one process of a folder at a time is in; the others wait."""
+    with (folder / SETTINGS).open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _whole(file: BinaryIO) -> int:

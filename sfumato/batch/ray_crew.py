@@ -80,12 +80,13 @@ class RayCrew:
 
     def __init__(self, make: Callable[[], Hand], plan: Plan, replicas: int | None, device: str | None) -> None:
         self._ray = ray = cluster_library()
-        self._own = join_cluster(ray)
-        number, reserved = resources_of(ray, replicas, device)
-        kind = ray.remote(scheduling_strategy="SPREAD", max_concurrency=CALLS, **reserved)(Actor)
-        self._begin = lambda: kind.remote(make, plan)
-        self.actors = [self._begin() for _ in range(number)]
+        self._joined = join_cluster(ray).is_new
+        self.actors: list[Any] = []
         try:
+            number, reserved = resources_of(ray, replicas, device)
+            kind = ray.remote(scheduling_strategy="SPREAD", max_concurrency=CALLS, **reserved)(Actor)
+            self._begin = lambda: kind.remote(make, plan)
+            self.actors += [self._begin() for _ in range(number)]
             self.model: str
             self.model, self._most = self._ask(self.actors[0].ready.remote())
         except BaseException:
@@ -122,7 +123,7 @@ class RayCrew:
         for actor in self.actors:
             self._ray.kill(actor)
         self.actors = []
-        if self._own:
+        if self._joined:
             self._ray.shutdown()
 
     def _ask(self, promised: Any) -> Any:

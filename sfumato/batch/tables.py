@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ READERS = (".parquet", ".csv", ".jsonl")
 INSTALL = 'pip install "sfumato[data]"'
 NESTED = ("hires",)  # fields that hold fields, as JSON
 MAX_CELL = 1 << 24  # characters of a cell of CSV
+MAX_DEPTH = 16  # lists and objects of JSON within one another
+MAX_DIGITS = 300  # of a whole number; what has more is infinite, as it is among fractions
+PARTS = re.compile(r'"(?:\\.|[^"\\])*"|[\[\]{}]')
 
 
 def table_library() -> Any:
@@ -61,6 +66,9 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            twice = [name for name, times in Counter(reader.fieldnames or ()).items() if name and times > 1]
+            if twice:
+                raise ValueError(f"table={str(path)!r}: two columns are named {twice[0]!r}")
             for number, row in enumerate(reader):
                 if None in row or None in row.values():
                     raise ValueError(f"row={number}: {len(reader.fieldnames or ())} cells are needed, as in line 1")
@@ -80,8 +88,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in text.split("\n"):
         if not line.strip():
             continue
+        if (column := _too_deep(line)) is not None:
+            raise ValueError(f"row={number}: {column}: more than {MAX_DEPTH} lists and objects within one another")
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=_whole)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"row={number}: not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -97,6 +107,8 @@ def _typed(row: Mapping[str, Any], number: int, kinds: Mapping[str, Kind]) -> di
         if value is None:
             continue
         kind = dict if name in NESTED else kinds[name].type if name in kinds else str
+        if kind in (dict, tuple) and isinstance(value, str) and _too_deep(value) is not None:
+            raise ValueError(f"row={number}: {name}: more than {MAX_DEPTH} lists and objects within one another")
         try:
             found[name] = _value(value, kind)
         except ValueError:
@@ -123,7 +135,29 @@ def _value(value: Any, kind: type[Any]) -> Any:
         return int(value)
     if kind is float:
         return float(value)
-    found = json.loads(value)  # its error is a ValueError
+    found = json.loads(value, parse_int=_whole)  # its error is a ValueError
     if not isinstance(found, dict if kind is dict else list):
         raise ValueError(value)
     return found
+
+
+def _too_deep(text: str) -> str | None:
+    """Where JSON goes too deep, so that nobody reads it: the name before, of the outermost object; else None."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return None
+    depth, name = 0, ""
+    for part in PARTS.findall(text):
+        if part in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return name
+        elif part in "]}":
+            depth -= 1
+        elif depth == 1:
+            name = part[1:-1]
+    return None
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number of JSON, of any length."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)

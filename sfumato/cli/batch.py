@@ -22,9 +22,11 @@ from sfumato.batch.drawing import Crew, Drawer, Finished, Hand, Plan
 from sfumato.batch.ledger import Ledger, write_index
 from sfumato.batch.rows import Reader, mark_of, share
 from sfumato.batch.tables import read_table
+from sfumato.cli.elsewhere import Anchored, absolute_flags
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
+from sfumato.safety.provenance import load_key, public_text
 from sfumato.tasks.checks import job_to_dict
 from sfumato.types import Job, Result
 
@@ -33,7 +35,10 @@ log = logging.getLogger(__name__)
 FAILED = 1
 TELL = 30.0  # s between lines of progress where there is no terminal
 # Flags beside the job's that decide the pictures: a run is gone on with only where they are the same.
-DECIDING = ("ema", "vae", "style_names", "wildcards", "no_choices", "safety", "watermark", "watermark_method")
+DECIDING = (
+    "ema", "vae", "family", "variant", "adapters", "precision", "fast", "style_names", "wildcards", "no_choices",
+    "safety", "safety_checker", "refuse_words", "watermark", "watermark_method",
+)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--retry", action="store_true", help="try rows again that failed")
     add("--seed", type=int, default=42, metavar="N", help="where the seeds of rows without one come from (default: 42)")
     add("--deterministic", action="store_true", help="draw every row alone: pictures to the last bit, in more time")
-    add("--ray", action="store_true", help="draw on a Ray cluster: that of $RAY_ADDRESS, else one of this machine")
+    add("--ray", action="store_true", help="draw on a Ray cluster: that of $RAY_ADDRESS (auto: one that runs on this "
+        "machine), else one started here for the run")  # fmt: skip
     add("--replicas", type=int, metavar="N", help="engines of --ray (default: one for each GPU, or one)")
     add_model_flags(parser)
     add_device_flags(parser)
@@ -60,18 +66,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     base = job_from_flags(args, prompt="", seed=0)
-    reader = Reader(base, args.seed, texts_from_flags(args).jobs)
+    there = absolute_flags(args) if args.ray else args  # what draws elsewhere begins in a folder of its own
+    texts = texts_from_flags(there).jobs
+    reader = Reader(base, args.seed, Anchored(Path.cwd(), texts) if args.ray else texts)
     if args.replicas is not None and not args.ray:
         raise ValueError(f"replicas={args.replicas}: they are of --ray")
     shard = read_shard(args.shard)
     table = read_table(args.table)
     numbers = share(len(table), shard, args.limit)
-    crew = crew_of(args)
+    marks = {number: mark_of(table[number]) for number in numbers}
+    crew = crew_of(there)
     try:
         crew.check([(number, table[number]) for number in numbers], reader)
-        settings = {"model": crew.model, "seed": args.seed, "job": job_to_dict(base)}
-        settings |= {name: getattr(args, name) for name in DECIDING}
-        ledger = Ledger(args.out, settings, {number: mark_of(table[number]) for number in numbers}, shard, args.retry)
+        settings = {"model": crew.model, "seed": args.seed, "job": job_to_dict(base)} | settings_of(args)
+        ledger = Ledger(args.out, settings, marks, shard, args.retry, usual_settings())
         try:
             rows = [(number, table[number]) for number in numbers if number not in ledger.done]
             log.info("%d rows to draw, %d are there already", len(rows), len(numbers) - len(rows))
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                         log.warning("row=%d: %s", outcome.row, outcome.error)
                     telling.one(ledger.failed)
         finally:  # what is finished is kept, whatever ended it
-            index = write_index(args.out, args.table.suffix.lower() == ".parquet")
+            index = write_index(args.out, args.table.suffix.lower() == ".parquet", marks)
             ledger.close()
     finally:
         crew.close()
@@ -90,6 +98,21 @@ def run(args: argparse.Namespace) -> int:
     if ledger.failed:
         log.warning("%d rows failed; --retry tries them again", ledger.failed)
     return FAILED if ledger.failed else 0
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags decide of the pictures, beside the model and the jobs; a signature's key is told by its public one."""
+    return {
+        **{name: getattr(args, name) for name in DECIDING},
+        "sign": None if args.sign is None else public_text(load_key(args.sign)),
+    }
+
+
+def usual_settings() -> dict[str, Any]:
+    """What `settings_of` gives where no flag is given."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+    return settings_of(parser.parse_args(["TABLE", "OUT"]))
 
 
 def read_shard(text: str) -> tuple[int, int]:

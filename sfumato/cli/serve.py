@@ -17,7 +17,7 @@ import numpy as np
 
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
-from sfumato.safety.checking import Checked
+from sfumato.safety.checking import Checked, prompts_of
 from sfumato.types import Job, Result
 
 INSTALL = 'pip install "sfumato[serve]"'
@@ -42,7 +42,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--grace", type=float, default=10.0, metavar="S", help="s for what is at work at the end (default: %(default)s)"
     )
     add("--keep", type=float, default=30.0, metavar="DAYS", help="days that results are kept (default: %(default)s)")
-    add("--ray", action="store_true", help="serve with replicas on a Ray cluster: that of $RAY_ADDRESS, else one here")
+    add("--ray", action="store_true", help="serve with replicas on a Ray cluster: that of $RAY_ADDRESS (auto: one that "
+        "runs on this machine), else one started here")  # fmt: skip
     add("--replicas", metavar="N", help="engines of --ray: a number, or a range such as 1-4 by the queue (default: 1)")
     add("--no-page", dest="page", action="store_false", help="only the APIs, no web page")
     add_model_flags(parser)
@@ -122,7 +123,7 @@ class Guard:
 
     def check_order(self, job: Job, width: int, height: int) -> None:
         """ValueError where a complete job's prompts are refused, or its pictures have no room for the mark."""
-        self.own.check_prompts([job.prompt, *([] if job.hires is None else [job.hires.prompt or ""])])
+        self.own.check_prompts(prompts_of(job))
         self.own.check_size(height, width)
 
     def protected(self, result: Result, alive: Callable[[], None]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -159,11 +160,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _serve_on_ray(args: argparse.Namespace) -> int:
+    from sfumato.cli.elsewhere import absolute_flags
     from sfumato.server import cluster
 
     scale = cluster.read_scale(args.replicas or "1")
     cluster.check_database(args.database)
-    args.data = args.data.absolute()  # replicas begin in folders of their own
+    args = absolute_flags(args)  # replicas begin in folders of their own
     args.page = False  # its sessions live in one process
     cluster.run(partial(application_of, args), scale, args.host, args.port, args.device, args.grace)
     return 0

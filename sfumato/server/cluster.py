@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,9 @@ UNFINISHED = "unfinished"  # jobs that wait or are drawn, as every replica tells
 JOBS_OF_A_REPLICA = 16  # unfinished ones for which one more replica is worth while
 MAX_REQUESTS = 1000  # of a replica at once: most wait for a job, and cost nothing
 DOWN_AFTER = 120.0  # s with less to do before a replica ends
+ENDING = 30.0  # s beyond its grace in which a replica has ended
+ADDRESS = "RAY_ADDRESS"
+SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 SCALE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 
@@ -52,15 +59,44 @@ def cluster_library() -> Any:
     return ray
 
 
-def join_cluster(ray: Any) -> bool:
+def serve_library() -> Any:
+    """Ray's part serve; ValueError where it is not installed."""
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ValueError(f"ray: its part serve is not installed ({INSTALL})") from error
+    return serve
+
+
+class Joined(NamedTuple):
+    """How a process came to its cluster: whether just now, and whether by starting one of its own."""
+
+    is_new: bool
+    is_own: bool
+
+
+def join_cluster(ray: Any) -> Joined:
     """Join the cluster of $RAY_ADDRESS, else start one on this machine for as long as the process lives.
 
-    False where the process has joined one before.
+    `auto` there is the one that was started on this machine before, which is not joined unasked. A process that has
+    joined one stays there.
     """
     if ray.is_initialized():
-        return False
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    return True
+        return Joined(False, False)
+    address = os.environ.get(ADDRESS) or "local"
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    return Joined(True, address == "local")
+
+
+@contextmanager
+def joined(ray: Any) -> Iterator[bool]:
+    """The cluster, for the time of a block where it is joined for that; gives whether it is the process's own."""
+    was_there = ray.is_initialized()
+    try:
+        yield join_cluster(ray).is_own
+    finally:
+        if not was_there:
+            ray.shutdown()
 
 
 def resources_of(ray: Any, replicas: int | None, device: str | None) -> tuple[int, dict[str, float]]:
@@ -99,7 +135,6 @@ def deployment_of(
 
     A replica that ends has `grace` s for what is at work; what is not done then waits in the queue.
     """
-    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
     def build() -> Any:
         return make()
@@ -116,6 +151,8 @@ def deployment_of(
     if scale.least == scale.most:
         number: dict[str, Any] = {"num_replicas": scale.least}
     else:
+        from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
         number = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=scale.least, max_replicas=scale.most, target_ongoing_requests=JOBS_OF_A_REPLICA,
@@ -128,34 +165,90 @@ def deployment_of(
     )(serve.ingress(build)(Front))  # fmt: skip
 
 
-def begin(
+def address_of_serve() -> tuple[str, int] | None:
+    """The host and port on which Serve listens on the cluster; None where it does not run."""
+    from ray.serve.context import _get_global_client  # no public function tells
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def check_room(serve: Any, host: str, port: int) -> None:
+    """ValueError where other people's applications on the cluster are in the way."""
+    at = address_of_serve()
+    if at is None:
+        return
+    if at != (host, port):
+        raise ValueError(
+            f"host={host!r}, port={port}: Serve runs on the cluster already, on {at[0]!r} and {at[1]}; ask for these"
+        )
+    if NAME in serve.status().applications:
+        raise ValueError(
+            f"ray: the cluster serves an application {NAME!r} already; end that first, "
+            f"as by ray.serve.delete({NAME!r}), or take another cluster"
+        )
+
+
+@contextmanager
+def replicas(
+    ray: Any,
+    is_own: bool,
     make: Callable[[], Any],
     scale: Scale,
     host: str = "127.0.0.1",
     port: int = 7861,
     device: str | None = None,
     grace: float = 10.0,
-) -> None:
-    """Serve on `host` and `port`; returns once the replicas are ready. `make` builds the application in each."""
-    ray = cluster_library()
-    try:
-        from ray import serve
-    except ImportError as error:
-        raise ValueError(f"ray: its part serve is not installed ({INSTALL})") from error
-    join_cluster(ray)
+) -> Iterator[None]:
+    """Serve on `host` and `port` for the time of a block, on a cluster that was joined. `make` builds the application.
+
+    Whatever ends it, the application is taken away again; Serve itself only on a cluster of our own (`is_own`).
+    """
+    serve = serve_library()
+    check_room(serve, host, port)
     reserved = resources_of(ray, scale.most, device)[1]
     serve.start(http_options={"host": host, "port": port})
-    serve.run(deployment_of(serve, make, scale, reserved, grace).bind(), name=NAME, route_prefix="/")
-    log.info("serving on http://%s:%d, replicas: %d to %d", host, port, scale.least, scale.most)
+    application = deployment_of(serve, make, scale, reserved, grace).bind()
+    try:
+        serve.run(application, name=NAME, route_prefix="/")
+        log.info("serving on http://%s:%d, replicas: %d to %d", host, port, scale.least, scale.most)
+        yield
+    finally:
+        _end(serve, grace + ENDING)
+        if is_own:
+            serve.shutdown()
 
 
-def end() -> None:
-    """End the replicas, each with its grace; the cluster is left."""
-    ray = cluster_library()
-    from ray import serve
+def _end(serve: Any, seconds: float) -> None:
+    """Take our application away, and no other; its replicas have `seconds` s."""
+    end = time.monotonic() + seconds
+    serve.delete(NAME, _blocking=False)
+    while NAME in serve.status().applications:
+        if time.monotonic() > end:
+            log.warning("the replicas have not ended within %.0f s", seconds)
+            return
+        time.sleep(0.1)
 
-    serve.shutdown()
-    ray.shutdown()
+
+class _Told(BaseException):
+    """SIGINT or SIGTERM told to end."""
+
+
+def _listen() -> None:
+    """From here on the first SIGINT or SIGTERM raises _Told where the process is; a second ends it at once."""
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        _forget()
+        raise _Told
+
+    for number in SIGNALS:
+        signal.signal(number, tell)
+
+
+def _forget() -> None:
+    """From here on SIGINT and SIGTERM do what they do where nobody listens."""
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
 
 
 def run(
@@ -166,15 +259,19 @@ def run(
     device: str | None = None,
     grace: float = 10.0,
 ) -> None:
-    """Serve as `begin` does until SIGINT or SIGTERM tells to end."""
-    told = threading.Event()
+    """Serve with replicas until SIGINT or SIGTERM tells to end, which may be while they begin; main thread only."""
+    ray = cluster_library()
+    serve_library()
     try:
-        begin(make, scale, host, port, device, grace)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: told.set())
-        told.wait()
+        _listen()
+        with joined(ray) as is_own:
+            _listen()  # Ray has set a handler of its own
+            with replicas(ray, is_own, make, scale, host, port, device, grace):
+                threading.Event().wait()
+    except _Told:
+        log.info("ended")
     finally:
-        end()
+        _forget()
 
 
 def check_database(url: str | None) -> str:
