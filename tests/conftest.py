@@ -14,9 +14,10 @@ import torch
 
 from sfumato.families import BOX, Defaults, Family, TextTower
 from sfumato.models.autoencoder import AutoencoderConfig
-from sfumato.models.clip import CLIPTextConfig
+from sfumato.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sfumato.models.unet import UNetConfig
 from sfumato.weights.checkpoint import build, save_checkpoint
+from sfumato.weights.files import save_safetensors
 
 TINY = replace(
     BOX,
@@ -71,3 +72,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of our own kind with random weights: 16 px, 24 numbers."""
+    torch.manual_seed(0)
+    own = CLIP(CLIPConfig(CLIPTextConfig(1024, 32, 2, 4), CLIPVisionConfig(16, 8, 32, 2, 4), embed_dim=24))
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    save_safetensors(path, own.state_dict(), {})
+    return path

@@ -18,7 +18,6 @@ from sfumato.evaluate.sharing import Claims
 from sfumato.evaluate.statistics import load_statistics
 from sfumato.evaluate.sweep import key_of, once, shuffled_numbers
 from sfumato.images import load_png
-from sfumato.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sfumato.pipeline import Pipeline
 from sfumato.tasks.checks import job_from_dict
 from sfumato.weights.files import save_safetensors
@@ -38,16 +37,6 @@ def folder_of(path, count=PICTURES, side=24, seed=0):
         small = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
         small.resize((side, side), Image.Resampling.BICUBIC).save(path / f"{index:02}.png")
         (path / f"{index:02}.txt").write_text(f"a thing of kind {index}")
-    return path
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    """A CLIP of our own kind with random weights: 16 px, 24 numbers."""
-    torch.manual_seed(0)
-    own = CLIP(CLIPConfig(CLIPTextConfig(1024, 32, 2, 4), CLIPVisionConfig(16, 8, 32, 2, 4), embed_dim=24))
-    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    save_safetensors(path, own.state_dict(), {})
     return path
 
 

@@ -30,20 +30,9 @@ from sfumato.evaluate.probe import (
 from sfumato.evaluate.probe_files import montage, read_probe, table
 from sfumato.evaluate.readers import Classes, ZeroShot, reader_of
 from sfumato.images import load_png
-from sfumato.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from sfumato.pipeline import Pipeline
-from sfumato.weights.files import save_safetensors
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    torch.manual_seed(0)
-    own = CLIP(CLIPConfig(CLIPTextConfig(1024, 32, 2, 4), CLIPVisionConfig(16, 8, 32, 2, 4), embed_dim=24))
-    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    save_safetensors(path, own.state_dict(), {})
-    return path
 
 
 class Means(nn.Module):

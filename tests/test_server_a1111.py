@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 import webuiapi
 from PIL import Image
 
@@ -23,6 +21,8 @@ from sfumato.server.infotext import infotext, parsed
 from sfumato.tasks.checks import complete
 from sfumato.types import Job
 
+from .served import served
+
 
 @pytest.fixture(scope="module")
 def desk(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
@@ -32,18 +32,9 @@ def desk(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Des
 
 @pytest.fixture(scope="module")
 def api(desk: Desk) -> Iterator[webuiapi.WebUIApi]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     app = create_app(desk, routers=[a1111.router])
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield webuiapi.WebUIApi(port=port, steps=3)
-    server.should_exit = True
-    thread.join(30)
+    with served(app) as port:
+        yield webuiapi.WebUIApi(port=port, steps=3)
 
 
 def test_txt2img_draws_what_the_profile_draws(api: webuiapi.WebUIApi, desk: Desk) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-import uvicorn
 import webuiapi
 from PIL import Image
 
@@ -43,6 +41,8 @@ from sfumato.weights.controls import hed, save_control, save_ip_adapter
 from sfumato.weights.files import save_safetensors
 from sfumato.weights.towers import ImageTower
 from tests.conftest import randomise
+
+from .served import served
 
 SIZE = {"width": 16, "height": 16, "seed": 3}
 VISION = CLIPVisionConfig(28, 14, 32, 2, 4)
@@ -73,18 +73,9 @@ def desk(tiny_checkpoint: Path, shelf: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def api(desk: Desk) -> Iterator[webuiapi.WebUIApi]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     app = create_app(desk, routers=[a1111.router, controlnet.router, openai.router])
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield webuiapi.WebUIApi(port=port, steps=3)
-    server.should_exit = True
-    thread.join(30)
+    with served(app) as port:
+        yield webuiapi.WebUIApi(port=port, steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 from sfumato.pipeline import Pipeline
@@ -23,24 +20,15 @@ from sfumato.server.desk import Desk, Settings
 from sfumato.server.keys import Keys
 from sfumato.types import Job
 
+from .served import served
+
 
 @contextmanager
 def serving(desk: Desk, only_local: bool = True) -> Iterator[str]:
     """The address of a server in a thread."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     app = create_app(desk, routers=[door.router], only_local=only_local)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
+    with served(app) as port:
         yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 def client_of(url: str, key: str = "none") -> openai.OpenAI:

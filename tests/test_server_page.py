@@ -6,8 +6,6 @@ import base64
 import json
 import re
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image, PngImagePlugin
 
 gradio = pytest.importorskip("gradio")
@@ -35,6 +32,8 @@ from sfumato.server.page.watching import Sight, found, watched  # noqa: E402
 from sfumato.server.queue import Entry  # noqa: E402
 from sfumato.types import Hires, Job  # noqa: E402
 
+from .served import served  # noqa: E402
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
@@ -44,21 +43,10 @@ ANYBODY = User(LOCAL, Limits())
 @contextmanager
 def serving(desk: Desk, only_local: bool = True) -> Iterator[str]:
     """The address of a server with the page, in a thread."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     app = create_app(desk, only_local=only_local, grace=0.0)
     mount(app, desk)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
+    with served(app) as port:
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ No answer is a fault of the server's, and every answer is one that the document 
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +15,6 @@ import pytest
 pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -36,6 +32,8 @@ from sfumato.server.app import create_app
 from sfumato.server.desk import Desk, Settings
 from sfumato.server.keys import Limits
 
+from .served import served
+
 EXAMPLES = 4  # of each operation, good ones and bad ones each
 HELD = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
 
@@ -46,20 +44,11 @@ def document(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     pipeline = Pipeline.from_pretrained(tiny_checkpoint, "cpu", adapters=[])
     limits = Limits(requests=10**9, pixels=32 * 32, steps=4, count=2, waiting=50)
     desk = Desk(pipeline, Settings(tmp_path_factory.mktemp("schema") / "data", limits=limits))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     app = create_app(desk, routers=[a1111.router, controlnet.router, openai.router], grace=0.0)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    found = schemathesis.openapi.from_dict(app.openapi())
-    found.config.update(base_url=f"http://127.0.0.1:{port}")
-    yield found
-    server.should_exit = True
-    thread.join(30)
+    with served(app) as port:
+        found = schemathesis.openapi.from_dict(app.openapi())
+        found.config.update(base_url=f"http://127.0.0.1:{port}")
+        yield found
 
 
 def test_every_answer_is_one_that_is_told_of(document: schemathesis.BaseSchema) -> None:
