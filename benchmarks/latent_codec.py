@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -49,7 +50,7 @@ class Row:
     ssim: float
 
 
-def saved(picture: np.ndarray, **options: object) -> bytes:
+def saved(picture: np.ndarray, **options: Any) -> bytes:
     """A file of Pillow's."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, **options)
@@ -58,7 +59,8 @@ def saved(picture: np.ndarray, **options: object) -> bytes:
 
 def ladder(picture: np.ndarray, codec: str) -> list[bytes]:
     """The picture's files at every quality of JPEG or WebP."""
-    options = {"jpeg": {"optimize": True}, "webp": {"method": 6}}[codec]
+    every: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}}
+    options = every[codec]
     return [saved(picture, format=codec, quality=quality, **options) for quality in range(1, 101)]
 
 

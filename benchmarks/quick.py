@@ -14,15 +14,17 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from recipes.box.shape import BOX
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, Ratio, apart, machine, paired, ratio, roofline
 from benchmarks.unet_call import drawing, inputs, ours, theirs, weights
+from sfumato.families import BOX
 from sfumato.models.layers import Conv2d, hasten
 from sfumato.models.transformer import FeedForward
+from sfumato.weights.placing import place
 
 RECORDED = RESULTS / "quick.json"
 SLOWER = 1.2
@@ -50,7 +52,7 @@ def pairs() -> dict[str, Callable[[], Pair]]:
     generator = torch.Generator().manual_seed(0)
 
     def convolution(rows: int, before: int, after: int, side: int) -> Pair:
-        plain = Conv2d(before, after, 3, padding=1).to(memory_format=torch.channels_last)
+        plain = place(Conv2d(before, after, 3, padding=1), torch.device("cpu"), torch.float32)
         x = torch.randn(rows, before, side, side, generator=generator)
         return hastened(plain, x.contiguous(memory_format=torch.channels_last))
 
@@ -60,14 +62,11 @@ def pairs() -> dict[str, Callable[[], Pair]]:
         hasten(quick, keep=PLENTY)
         return drawing(lambda: quick(*given)), drawing(lambda: peer(*given).sample)
 
-    found: dict[str, Callable[[], Pair]] = {
-        name: lambda shape=shape: convolution(*shape)  # type: ignore[misc]
-        for name, shape in CONVOLUTIONS.items()
-    }
+    found: dict[str, Callable[[], Pair]] = {name: partial(convolution, *shape) for name, shape in CONVOLUTIONS.items()}
     found["feed-forward, 320 at 64 x 64"] = lambda: hastened(
         FeedForward(320), torch.randn(1, 4096, 320, generator=generator)
     )
-    return found | {f"the box's U-Net, {rows} rows": lambda rows=rows: box(rows) for rows in (2, 32)}  # type: ignore[misc]
+    return found | {f"the box's U-Net, {rows} rows": partial(box, rows) for rows in (2, 32)}
 
 
 def measured(turns: int) -> dict[str, Ratio]:

@@ -115,7 +115,7 @@ def plot(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> N
     figure, axes = plt.subplots(1, 2, figsize=(17, 9))
     labels = {"deterministic": "root mean square error of x0", "stochastic": "Wasserstein distance to the data"}
     for axis, (kind, lines) in zip(axes, panels.items(), strict=True):
-        styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in plt.get_cmap("tab10").colors]
+        styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in plt.get_cmap("tab10")(range(10))]
         for (name, points), (colour, dash) in zip(lines.items(), styles, strict=False):
             axis.loglog(*zip(*points, strict=True), color=colour, linestyle=dash, label=name, linewidth=1.3)
         axis.set(title=kind, xlabel="evaluations", ylabel=labels[kind])

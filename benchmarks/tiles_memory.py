@@ -18,6 +18,7 @@ import time
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("whole", "tiles", "upscale")
@@ -37,15 +38,21 @@ def measured(way: str, size: int, ckpt: str | None, tile: int) -> dict[str, floa
         path = Path(folder) / "a.png"
         side = size // 4 if way == "upscale" else size
         steps = np.arange(side, dtype=np.uint8)
-        texture = steps[:, None, None] * np.uint8(3) + steps[None, :, None] * np.uint8(5) + np.uint8([0, 80, 160])
+        texture = (
+            steps[:, None, None] * np.uint8(3) + steps[None, :, None] * np.uint8(5) + np.array([0, 80, 160], np.uint8)
+        )
         Image.fromarray(texture).save(path)
         first = Path(folder) / "first.png"
         Image.fromarray(texture[:tile, :tile]).save(first)
         del texture
         common = Job("a texture", steps=STEPS, sampler="euler", strength=1.0, guidance=3.0)
-        fields = {"whole": {}, "tiles": {"tile": tile}, "upscale": {"upscale": 4.0, "width": tile, "height": tile}}
+        fields: dict[str, dict[str, Any]] = {
+            "whole": {},
+            "tiles": {"tile": tile},
+            "upscale": {"upscale": 4.0, "width": tile, "height": tile},
+        }
         job = Job(**{**vars(common), **fields[way]})
-        small = {"image": str(first), "width": tile, "height": tile, "upscale": None, "tile": None}
+        small: dict[str, Any] = {"image": str(first), "width": tile, "height": tile, "upscale": None, "tile": None}
         pipe.draw(Job(**{**vars(job), **small}))
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before, began = memory("VmRSS"), time.perf_counter()

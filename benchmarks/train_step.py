@@ -30,6 +30,7 @@ from sfumato.families import BOX, SD1, Family
 from sfumato.models.layers import hasten
 from sfumato.models.unet import UNetConfig
 from sfumato.weights.checkpoint import load_model
+from sfumato.weights.placing import place
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,7 +60,7 @@ def networks(shape: Shape) -> dict[str, nn.Module]:
         ours = load_model(Path(folder) / "model").unet
         theirs = UNet2DConditionModel.from_pretrained(Path(folder) / "model" / "unet", low_cpu_mem_usage=False)
     hasten(ours)
-    ours = ours.float().to(memory_format=torch.channels_last)
+    place(ours, torch.device("cpu"), torch.float32)
     return {"sfumato": ours.requires_grad_(True).train(), "diffusers": theirs.requires_grad_(True).train()}
 
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import apart, keep, median, paired, ratio, roofline
 from benchmarks.random_weights import random_tensor
-from recipes.box.shape import BOX
-from sfumato.families import SD1, Family
+from sfumato.families import BOX, SD1, Family
 from sfumato.models.layers import Conv2d, hasten
 from sfumato.models.unet import UNet
 from sfumato.weights.layouts.diffusers_configs import folder_files
