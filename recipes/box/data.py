@@ -314,7 +314,7 @@ def build(
 ) -> dict[str, Any]:
     """Writes the shards and then `summary.json`; returns the summary. Old shards in `out` are removed first.
 
-    `scenes` pictures of two things are added. `held_out` builds from the (thing, style) pairs that `box` leaves out.
+    `scenes` pictures of two things are added. `held_out` builds from the (thing, style) pairs that every other set leaves out.
     """
     lowest = {"size": (size, 16), "per-picture": (per_picture, 1), "seed": (seed, 0), "scenes": (scenes, 0)}
     for name, (value, low) in lowest.items():
@@ -322,8 +322,7 @@ def build(
             raise ValueError(f"{name}: {value} is too small; at least {low}")
     start = time.monotonic()
     sprites = load_sprites(which, size, cache)
-    if which == "box":
-        sprites = [s for s in sprites if ((s.thing.label, s.art.style) in HELD_OUT) is held_out]
+    sprites = [s for s in sprites if ((s.thing.label, s.art.style) in HELD_OUT) is held_out]
     singles = np.repeat(np.arange(len(sprites)), per_picture)
     order = np.random.default_rng([seed, 0]).permutation(np.append(singles, np.full(scenes, SCENE)))
     out.mkdir(parents=True, exist_ok=True)
@@ -383,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--things", default="common", help="core, box, common or all")
     parser.add_argument("--per-picture", type=int, default=48, help="samples of each thing in each style")
     parser.add_argument("--scenes", type=int, default=0, help="pictures of two things of one style in a relation")
-    parser.add_argument("--held-out", action="store_true", help="with --things box: the (thing, style) pairs left out")
+    parser.add_argument("--held-out", action="store_true", help="the (thing, style) pairs that are left out otherwise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/box"), help="folder of the fetched packages")
     args = parser.parse_args(argv)
