@@ -10,7 +10,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: picture test lint parity bench bench-quick train-smoke docs package clean
+.PHONY: picture test lint coverage parity bench bench-quick train-smoke docs package first-hour clean
 
 picture: $(VENV)/.installed
 	@$(BIN)/sfumato txt2img --prompt="$$PROMPT" $(ARGS)
@@ -22,6 +22,16 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
+
+# Lines of sfumato/ that no test reaches: told here, and as pages in build/coverage. Programs that tests
+# start are not counted. TESTS="tests/test_prompts.py" counts those alone.
+coverage: $(VENV)/.installed-test
+	$(PIP) -c constraints-test.txt "pytest-cov>=6" "coverage>=7.6"
+	mkdir -p build
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 COVERAGE_FILE=build/.coverage \
+	COVERAGE_CORE=$$($(BIN)/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')") \
+	$(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist loadfile $(TESTS) --cov=sfumato --cov-config=/dev/null \
+		--cov-report=term-missing:skip-covered --cov-report=html:build/coverage
 
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m parity
@@ -49,6 +59,11 @@ package: $(VENV)/.installed-test
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m docs_tools.package dist
+
+# Wheel, new environment, new folder: draws, edits and serves as the learning pages tell, and says how long it takes.
+# ARGS=--with-site-packages fetches nothing.
+first-hour: $(VENV)/.installed-test
+	$(BIN)/python -m docs_tools.first_hour $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,19 +1,24 @@
 """Seconds of one call of the U-Net, ours (plain, and hastened with kept weights) against diffusers', in turn.
 
-    python benchmarks/unet_call.py [--sizes box 256 512] [--turns 5] [--rows 2] [--threads 1] [--compile] [--layers]
+    python -m benchmarks.unet_call [--sizes box 256 512] [--turns 5] [--rows 2] [--threads 1]
+        [--compile] [--openvino] [--layers]
 
 All hold the same random weights in the same memory, in channels-last order, and see the same input; their answers are
 compared before anything is timed. A size in pixels is SD 1.5's U-Net, "box" that of the box's recipe at 128 px.
---compile adds diffusers' network under torch.compile, --layers a table of where the time goes. The result goes to
-benchmarks/results/. SD 1.5 needs 3.5 GB, and as much more as it says for kept weights.
+--compile adds diffusers' network under torch.compile, --openvino the same traced and run by OpenVINO in float32 (pip
+install openvino), --layers a table of where the time goes. The result goes to benchmarks/results/. SD 1.5 needs 4 GB,
+as much more as it says for kept weights, and 6 GB for OpenVINO.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import importlib.util
 import json
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +80,40 @@ def inputs(family: Family, side: int, rows: int) -> tuple[Tensor, Tensor, Tensor
     x = torch.randn(rows, family.unet.in_channels, side, side, generator=generator)
     context = torch.randn(rows, 77, family.unet.context_dim, generator=generator)
     return x.contiguous(memory_format=torch.channels_last), torch.full((rows,), 500.0), context
+
+
+class _Answer(nn.Module):
+    """diffusers' network with its answer as a tensor, as tracing wants it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.network(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def by_openvino(network: nn.Module, given: tuple[Tensor, Tensor, Tensor], threads: int) -> Callable[[], Tensor]:
+    """A call of diffusers' network traced, converted and compiled for this CPU by OpenVINO, float32 throughout."""
+    openvino = importlib.import_module("openvino")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that tracing takes for constants, which they are here
+        traced = torch.jit.trace(_Answer(network).eval(), given, check_trace=False)
+        converted = openvino.convert_model(traced, example_input=given, input=[tuple(each.shape) for each in given])
+    del traced
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+    arrays = [each.contiguous().numpy() for each in given]
+
+    def call() -> Tensor:
+        return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
+
+    return call
 
 
 def drawing(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -140,6 +179,8 @@ def measured(family: Family, side: int, args: argparse.Namespace) -> dict[str, A
     if args.compile:
         compiled = torch.compile(copy.copy(peer))
         calls["compiled"] = drawing(lambda: compiled(*given).sample)
+    if args.openvino:
+        calls["openvino"] = by_openvino(peer, given, args.threads)
     answers = {name: call() for name, call in calls.items()}
     apart_by = {name: apart(answer, answers["diffusers"]) for name, answer in answers.items()}
     before = roofline()
@@ -188,8 +229,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--openvino", action="store_true")
     parser.add_argument("--layers", action="store_true")
     args = parser.parse_args()
+    if args.openvino and importlib.util.find_spec("openvino") is None:
+        parser.error("--openvino: the package openvino is not installed here (pip install openvino)")
     torch.set_num_threads(args.threads)
     figures = {}
     for size in args.sizes:

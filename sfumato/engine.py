@@ -1,8 +1,8 @@
 """The engine drives samplers: it collects what many runs ask and answers it in shared network calls.
 
 A run is one job's coroutine with its guidance. Runs may differ in sampler, step, guidance and prompt; rows that need
-the same model in the same state at the same latent size go into one call. A run that fails ends alone. Owns batching;
-knows no tasks, prompts or files.
+the same model in the same state at the same latent size go into one call. A run that fails ends alone. Owns calls; what
+a row is, `diffusion/rows.py` says. Knows no tasks, prompts or files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,31 +19,19 @@ from torch import Tensor
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.guidance import Ask, Guidance, Moment, Reply, moment
+from sfumato.diffusion.rows import Kept, Row, Tile, cond_of, joined, picture_of, rows_of, stacked
 from sfumato.diffusion.samplers import Steps
-from sfumato.diffusion.samplers.tiled import crop
 from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
 from sfumato.models.merging import Merging
 from sfumato.models.residuals import Residuals
 from sfumato.models.reuse import Deep
-from sfumato.types import Answer, Cond, NetState, Query, Steer
+from sfumato.types import Answer, Cond, Query
 
 log = logging.getLogger(__name__)
 
 Watch = Callable[[Query, Answer], None]
 Wear = Callable[[tuple[Hashable, ...]], None]
-
-
-@dataclass
-class _Kept:
-    """What a U-Net's deep part made of the rows of one query, by their slots, `age` queries ago: see `_Row.slot`.
-
-    `owners` are the contexts of these rows, held so that their ids stay their own.
-    """
-
-    age: int = 0
-    deep: dict[Hashable, Tensor] = field(default_factory=dict)
-    owners: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -65,7 +53,7 @@ class Run:
     result: Tensor | None = None
     error: Exception | None = None
     seeds: Sequence[int] = ()
-    deep: dict[Hashable, _Kept] = field(default_factory=dict)
+    deep: dict[Tile | None, Kept] = field(default_factory=dict)
 
     def cancel(self) -> None:
         """End the run where it stands; the engine asks nothing more for it."""
@@ -105,41 +93,6 @@ class Run:
             return
         if self.query is not None:  # not cancelled
             self.advance(found)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of a network call: its run, the place of its cond in what was asked, and one picture's x.
-
-    Where it reuses, `slot` is what its query keeps its deep part by: equal for rows that one prompt, told in one way,
-    has for one picture (`owner` is the prompt's context whole, whose id is in it). Either all rows of a query are
-    `given` what was kept of one earlier query, or none is, as guidance compares them; then it goes into `kept`. `state`
-    says nothing of reuse.
-    """
-
-    run: int
-    place: int
-    x: Tensor
-    sigma: float
-    context: Tensor
-    vector: Tensor | None
-    concat: Tensor | None
-    state: NetState | None
-    worn: tuple[Hashable, ...]
-    steered: tuple[Steer, ...]
-    reuse: tuple[int, int] | None
-    slot: Hashable
-    owner: Tensor
-    seed: int
-    given: Tensor | None = None
-    kept: _Kept | None = None
-
-    @property
-    def key(self) -> Hashable:
-        parts = (self.x, self.context, self.vector, self.concat, self.given)
-        steered = tuple((id(steer.network), steer.weight, steer.hint.shape) for steer in self.steered)
-        depth = None if self.given is None or self.reuse is None else self.reuse[1]
-        return self.worn, steered, self.state, depth, *(None if part is None else part.shape for part in parts)
 
 
 @dataclass(frozen=True)
@@ -199,14 +152,19 @@ class Engine:
 
         Raises the first run's error of those that failed, once the others have ended; their results stand in them.
         """
-        for run in runs:
-            run.advance(None)
-        while any(run.query is not None for run in runs):
-            self.turn(runs)
+        self.finish(runs)
         for run in runs:
             if run.error is not None:
                 raise run.error
         return [run.result for run in runs]
+
+    @torch.inference_mode()
+    def finish(self, runs: Sequence[Run]) -> None:
+        """Advance all runs together to their ends; what has become of each, a result or an error, stands in it."""
+        for run in runs:
+            run.advance(None)
+        while any(run.query is not None for run in runs):
+            self.turn(runs)
 
     def turn(self, runs: Sequence[Run]) -> None:
         """Answer what every run asks, once. A run that fails has its `error` and ends; the others go on.
@@ -222,11 +180,11 @@ class Engine:
 
     def _replies(self, runs: Sequence[Run]) -> dict[tuple[int, int], Reply]:
         """The reply to every row asked, by (run, place); runs whose call failed or was not finite have ended."""
-        alike: dict[Hashable, list[_Row]] = defaultdict(list)
+        alike: dict[Hashable, list[Row]] = defaultdict(list)
         for row in _rows(runs, self.model.family.autoencoder.factor):
             alike[row.key].append(row)
         found: dict[tuple[int, int], list[Reply]] = defaultdict(list)
-        answered: list[_Row] = []
+        answered: list[Row] = []
         finite: list[Tensor] = []
         for group in alike.values():
             start = 0
@@ -246,12 +204,12 @@ class Engine:
                 answered += part
                 finite.append(reply.x0.isfinite().flatten(1).all(dim=1))
                 for place, row in enumerate(part):
-                    found[row.run, row.place].append(_picture(reply, place))
+                    found[row.run, row.place].append(picture_of(reply, place))
                     _keep(row, deep, place)
         for row, good in zip(answered, torch.cat(finite).tolist() if finite else [], strict=True):
             if not good:
                 runs[row.run].fail(self._not_finite(runs[row.run]))
-        return {key: _joined(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
+        return {key: joined(pictures) for key, pictures in found.items() if runs[key[0]].asked is not None}
 
     def _halve(self, rows: int) -> None:
         """Ask for half of `rows` at once from now on, which were too many for the memory."""
@@ -260,16 +218,9 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _call(self, rows: Sequence[_Row]) -> tuple[Reply, Deep | None]:
+    def _call(self, rows: Sequence[Row]) -> tuple[Reply, Deep | None]:
         """What the network answers to rows alike, each a row of the reply, and what was kept of its deep part."""
-        alike = zip(*(row.steered for row in rows), strict=True)
-        cond = Cond(
-            torch.stack([row.context for row in rows]),
-            _stack([row.vector for row in rows]),
-            _stack([row.concat for row in rows]),
-            rows[0].state,
-            steered=tuple(replace(each[0], hint=torch.cat([steer.hint for steer in each])) for each in alike),
-        )
+        cond = cond_of(rows)
         if self.wear is not None:
             self.wear(rows[0].worn)
         elif rows[0].worn:
@@ -294,58 +245,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _rows(runs: Sequence[Run], factor: int) -> Iterator[_Row]:
+def _rows(runs: Sequence[Run], factor: int) -> Iterator[Row]:
     """What every run asks, row by row."""
     for index, run in enumerate(runs):
         if run.query is not None and run.asked is not None:
-            rows = list(_rows_of(index, run, run.query, run.asked, factor))
-            yield from _reusing(run, run.query, rows) if any(row.reuse for row in rows) else rows
+            assert run.at is not None
+            yield from rows_of(index, run.query, run.at, run.asked, run.seeds, run.deep, factor)
 
 
-def _reusing(run: Run, query: Query, rows: Sequence[_Row]) -> Sequence[_Row]:
-    """The rows of a query, given what an earlier one of the same tile kept, where that is young and holds them all.
-
-    Where it is not, it is dropped, and what is made of these rows is kept.
-    """
-    kept, every = run.deep.get(query.window), min(row.reuse[0] for row in rows if row.reuse is not None)
-    if kept is not None and kept.age + 1 < every and all(row.slot in kept.deep for row in rows):
-        kept.age += 1
-        return [replace(row, given=kept.deep[row.slot]) for row in rows]
-    fresh = run.deep[query.window] = _Kept(owners=[row.owner for row in rows])
-    return [replace(row, kept=fresh) for row in rows]
-
-
-def _rows_of(index: int, run: Run, query: Query, asked: Ask, factor: int) -> Iterator[_Row]:
-    at = 0.0 if run.at is None else run.at.fraction
-    for place, cond in enumerate(asked.rows):
-        worn = tuple(worn.what for worn in cond.worn if worn.start <= at < worn.end)
-        steered = tuple(_part(steer, query, factor) for steer in cond.steered if steer.start <= at < steer.end)
-        for picture, x in enumerate(asked.x):
-            context = cond.context[0 if len(cond.context) == 1 else picture]
-            vector, concat = (_row_of(part, picture) for part in (cond.vector, cond.concat))
-            if concat is not None and query.window is not None:
-                concat = crop(concat, query.window)
-            state = _state(cond.state, query)
-            reuse = None if state is None else state.reuse
-            if state is not None and reuse is not None:
-                plain = replace(state, reuse=None)
-                state = None if plain == NetState() else plain  # as of rows that reuse nothing: they share calls
-            slot = (place, picture, id(cond.context), state, worn, steered)
-            yield _Row(
-                index, place, x, query.sigma, context, vector, concat, state, worn, steered,
-                reuse, slot, cond.context, _seed(run, picture),
-            )  # fmt: skip
-
-
-def _seed(run: Run, picture: int) -> int:
-    """What a picture's merged cells are chosen by in this step: alike in all rows of the step, another in the next."""
-    own = run.seeds[picture] if picture < len(run.seeds) else picture
-    return (1_000_003 * own + (0 if run.at is None else run.at.step)) % 2**63
-
-
-def _deep(rows: Sequence[_Row]) -> Deep | None:
+def _deep(rows: Sequence[Row]) -> Deep | None:
     """What a call of rows alike does with the deep part."""
-    given = _stack([row.given for row in rows])
+    given = stacked([row.given for row in rows])
     if given is not None:
         assert rows[0].reuse is not None
         return Deep(depth=rows[0].reuse[1], given=given.contiguous(memory_format=torch.channels_last))
@@ -353,58 +263,13 @@ def _deep(rows: Sequence[_Row]) -> Deep | None:
     return Deep(wanted) if wanted else None
 
 
-def _merging(rows: Sequence[_Row]) -> Merging | None:
+def _merging(rows: Sequence[Row]) -> Merging | None:
     """How a call of rows alike merges cells."""
     ratio = 0.0 if rows[0].state is None else rows[0].state.tome
     return Merging(ratio, [torch.Generator().manual_seed(row.seed) for row in rows]) if ratio else None
 
 
-def _keep(row: _Row, deep: Deep | None, place: int) -> None:
+def _keep(row: Row, deep: Deep | None, place: int) -> None:
     """Keep what the deep part made of a row, the call's `place`-th, where it is to be kept."""
     if row.kept is not None and row.reuse is not None and deep is not None:
         row.kept.deep[row.slot] = deep.kept[row.reuse[1]][place].clone()
-
-
-def _part(steer: Steer, query: Query, factor: int) -> Steer:
-    """What steers a tile: its own part of the hint, which has `factor` pixels to a cell."""
-    if query.window is None or steer.hint.ndim != 4:
-        return steer
-    top, left, height, width = (factor * cells for cells in query.window)
-    return replace(steer, hint=crop(steer.hint, (top, left, height, width)))
-
-
-def _state(state: NetState | None, query: Query) -> NetState | None:
-    """The state of a row, but that a tile's own edges do not meet where it is less than the picture."""
-    if state is None or not any(query.cut):
-        return state
-    x, y = (meet and not cut for meet, cut in zip(state.seamless, query.cut, strict=True))
-    return replace(state, seamless=(x, y))
-
-
-def _row_of(part: Tensor | None, picture: int) -> Tensor | None:
-    """A picture's own row; a single row serves every picture."""
-    return None if part is None else part[0 if len(part) == 1 else picture]
-
-
-def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """Rows alike -> one tensor; None where they are None."""
-    there = [row for row in rows if row is not None]
-    return torch.stack(there) if there else None
-
-
-def _picture(reply: Reply, row: int) -> Reply:
-    """One row of a call's reply, still with a batch, of 1."""
-    one = slice(row, row + 1)
-    cross = None if reply.cross is None else tuple(look[one] for look in reply.cross)
-    return Reply(reply.x0[one], None if reply.attention is None else reply.attention[one], cross)
-
-
-def _joined(pictures: Sequence[Reply]) -> Reply:
-    """The replies to each picture of one row of a plan, as one."""
-    attention = [reply.attention for reply in pictures if reply.attention is not None]
-    cross = [reply.cross for reply in pictures if reply.cross is not None]
-    return Reply(
-        torch.cat([reply.x0 for reply in pictures]),
-        torch.cat(attention) if attention else None,
-        tuple(torch.cat(looks) for looks in zip(*cross, strict=True)) if cross else None,
-    )

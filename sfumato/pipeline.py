@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -13,23 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sfumato import __version__
-from sfumato.engine import Engine, Run, Watch
+from sfumato.engine import Engine
 from sfumato.families import Family, Model, find_family
 from sfumato.images import Picture, picture_from
 from sfumato.memory import apply, budget, describe, free_memory, plan
+from sfumato.models.compiling import Compiled
+from sfumato.models.graphs import Graphs
 from sfumato.models.layers import hasten
 from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.checks import complete, job_to_dict
 from sfumato.tasks.extras import Extras
 from sfumato.tasks.pictures import PICTURES, Pictures
 from sfumato.tasks.room import check_memory
-from sfumato.tasks.scenes import Drawn, Scene, Task, runs_of, seeds_of
+from sfumato.tasks.scenes import seeds_of
+from sfumato.tasks.speed import Speed, UnchangedExtras, facts_of
 from sfumato.tasks.studio import Studio
-from sfumato.tasks.telling import named_files, networks_of
-from sfumato.types import Answer, Job, Query, Result
+from sfumato.tasks.telling import named_files
+from sfumato.tasks.together import Bar, Failed, Progress, apart, perform
+from sfumato.tasks.together import Observe as Observe  # of the same door
+from sfumato.types import Job, Result
 from sfumato.weights.checkpoint import model_of, open_whole
 from sfumato.weights.hub import resolve
 from sfumato.weights.parts import Checkpoint
@@ -41,8 +45,6 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = {"full": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_PICTURES = 4  # decoded at once
-Progress = Callable[[int, int], None]
-Observe = Callable[[Run, Scene, slice], None]
 
 
 def box_path() -> Path:
@@ -80,6 +82,15 @@ def moved(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
     return replace(model, device=device, dtype=dtype)
 
 
+def loaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, speed: Speed) -> Model:
+    """A checkpoint's model, its weights as `speed` keeps them; never more of them on a GPU than that."""
+    if speed.weights == "full":
+        return model_of(checkpoint, device, dtype)
+    model = model_of(checkpoint, torch.device("cpu"), dtype)
+    speed.keep(model)
+    return model if device.type == "cpu" else moved(model, device, dtype)
+
+
 @dataclass(frozen=True)
 class Memory:
     """What pictures must fit into: `vram` GiB, or what is free (None). Sizes of None are the family's own."""
@@ -106,14 +117,17 @@ class Pipeline:
         max_pictures: int = MAX_PICTURES,
         adapters: Shelf | None = None,
         fast_bytes: int | None = None,
+        speed: Speed | None = None,
     ) -> None:
         self.model = model
         self.fast_bytes = fast_bytes
+        self.speed = speed or Speed()
+        self._ways: list[Compiled | Graphs] = []
         self._hasten()
         self.tile, self.max_pictures = tile, max_pictures
         self._upscalers: dict[str, Upscaler] = {}
         self.busy = threading.RLock()  # networks are changed while they draw: adapters, seamless edges, formats
-        self.extras = Extras(model, adapters)
+        self.extras = self._extras(adapters)
         self.engine = Engine(model, max_rows, self.extras.wear)
 
     @classmethod
@@ -130,6 +144,9 @@ class Pipeline:
         memory: Memory | None = None,
         adapters: str | Path | Sequence[str | Path] | None = None,
         fast: bool = False,
+        compile: bool = False,
+        graphs: bool = False,
+        weights: str = "full",
     ) -> Pipeline:
         """Load a single file, a diffusers folder, or a model of the Hugging Face hub ("owner/name"); None is the box.
 
@@ -138,8 +155,11 @@ class Pipeline:
         plan for it is logged before anything is loaded. `adapters` are the folders of LoRAs, embeddings, hypernetworks
         and ControlNets; None: those of $SFUMATO_ADAPTERS, else `models` and `embeddings` here. `fast`: on a CPU, each
         layer in its fastest way, with up to half of the free memory (or what a plan leaves) for it; in float32 alone.
+        `compile`: the U-Net's blocks, when they are first needed; `graphs`: its calls as CUDA graphs; `weights`: the
+        U-Net's in full, or int8 or fp8, which takes no LoRAs (docs/gpu.md).
         """
-        chosen = choose_device(device)
+        chosen, speed = choose_device(device), Speed(compile, graphs, weights)
+        speed.check(chosen, fast)
         dtype = choose_dtype(precision, chosen)
         path = box_path() if path_or_id is None else resolve(path_or_id, variant=variant)
         family = find_family(family) if isinstance(family, str) else family
@@ -148,10 +168,10 @@ class Pipeline:
         shelf = Shelf(usual_folders() if folders is None else folders)
         checkpoint = open_whole(path, family, use_ema, other, variant)
         if memory is None:
-            model = model_of(checkpoint, chosen, dtype)
+            model = loaded(checkpoint, chosen, dtype, speed)
             fast = fast and chosen.type == "cpu"
-            return cls(model, adapters=shelf, fast_bytes=free_memory(chosen) // 2 if fast else None)
-        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype, shelf, fast)
+            return cls(model, adapters=shelf, fast_bytes=free_memory(chosen) // 2 if fast else None, speed=speed)
+        return cls._within(memory, checkpoint, chosen, None if precision == "autocast" else dtype, shelf, fast, speed)
 
     @classmethod
     def _within(
@@ -162,24 +182,36 @@ class Pipeline:
         dtype: torch.dtype | None,
         shelf: Shelf,
         fast: bool,
+        speed: Speed,
     ) -> Pipeline:
         """Plan, say the plan, load and set what it asks for."""
         family = checkpoint.family
         width, height = memory.width or family.size, memory.height or family.size
         if min(width, height) < family.size_step:
             raise ValueError(f"width={width}, height={height}: {family.size_step} px or more are needed")
-        found = plan(family, width, height, memory.count, budget(memory.vram, device), device, dtype)
+        found = plan(family, width, height, memory.count, budget(memory.vram, device), device, dtype, speed.weights)
         log.info("%s", describe(found))
-        model = model_of(checkpoint, torch.device("cpu") if found.offload else device, found.dtype)
+        model = loaded(checkpoint, torch.device("cpu") if found.offload else device, found.dtype, speed)
         model = replace(model, device=device)
         apply(found, model)
-        return cls(model, found.max_rows, found.tile, found.max_pictures, shelf, found.keep if fast else None)
+        return cls(model, found.max_rows, found.tile, found.max_pictures, shelf, found.keep if fast else None, speed)
 
     def _hasten(self) -> None:
         """Anew after every move: what was kept is dropped. A decoder's maps are so large that it need keep nothing."""
         if self.fast_bytes is not None:  # who trains has hastened what it draws with
             hasten(self.model.unet, keep=self.fast_bytes)
             hasten(self.model.autoencoder)
+        for way in self._ways:
+            way.remove()
+        self._ways = self.speed.ready(self.model)
+
+    def _extras(self, shelf: Shelf | None) -> Extras:
+        return (Extras if self.speed.weights == "full" else UnchangedExtras)(self.model, shelf)
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """What of `speed` decides the last bits of a picture."""
+        return facts_of(self.model, self.speed.weights, self._ways)
 
     @property
     def fast(self) -> bool:
@@ -195,7 +227,7 @@ class Pipeline:
             self.model = moved(self.model, there, then)
             self._hasten()
             self._upscalers.clear()
-            self.extras = Extras(self.model, self.extras.shelf)
+            self.extras = self._extras(self.extras.shelf)
             self.engine = Engine(self.model, self.engine.max_rows, self.extras.wear)
         return self
 
@@ -237,47 +269,54 @@ class Pipeline:
         """Draw jobs together, their rows in shared network calls. `progress` counts the steps of all pictures.
 
         `observe` is shown every run before it begins, with its scene and which of the scene's pictures it draws: it may
-        set the run's `watch`, or put something around its guidance.
+        set the run's `watch`, or put something around its guidance. The first error of a job ends all: see `draw_each`.
         """
+        drawn = self._draw(jobs, progress, pictures, observe, None)
+        return [drawn[number] for number in range(len(jobs))]
+
+    def draw_each(
+        self,
+        jobs: Sequence[Job],
+        progress: Progress | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+        observe: Observe | None = None,
+    ) -> list[Result | Exception]:
+        """Draw jobs together as `draw_many` does, but a job that fails, fails alone: its error stands in its place."""
+        failed: Failed = {}
+        drawn = self._draw(jobs, progress, pictures, observe, failed)
+        return [failed[number] if number in failed else drawn[number] for number in range(len(jobs))]
+
+    def _draw(
+        self,
+        jobs: Sequence[Job],
+        progress: Progress | None,
+        pictures: Mapping[str, Picture] | None,
+        observe: Observe | None,
+        failed: Failed | None,
+    ) -> dict[int, Result]:
+        """The results by the jobs' numbers. Errors go to `failed`; where that is None the first is raised."""
         began = time.perf_counter()
         shelf = Pictures(pictures)
-        jobs = [complete(job, self.model.family, shelf.size(job)) for job in jobs]
-        check_memory(jobs, self.model, shelf, self.tile)
+        whole: dict[int, Job] = {}
+        for number, job in enumerate(jobs):
+            with apart(number, failed):
+                job = complete(job, self.model.family, shelf.size(job))
+                check_memory([job], self.model, shelf, self.tile)
+                whole[number] = job
         studio = self.studio(shelf)
         with self.busy:
             self.extras.pictures = shelf
             try:
-                images = self._perform([task_of(job, studio) for job in jobs], Bar(progress, observe))
+                tasks = {number: task_of(job, studio) for number, job in whole.items()}
+                images = perform(tasks, Bar(progress, observe), self.engine, self.extras, failed)
             finally:
                 self.extras.wear(())
         seconds = time.perf_counter() - began
-        return [self.result(job, image, shelf.hashes(job), seconds) for job, image in zip(jobs, images, strict=True)]
-
-    def _perform(self, tasks: Sequence[Task], bar: Bar) -> list[np.ndarray]:
-        """The pictures of tasks, the scenes that they ask for at the same time drawn together."""
-        images: dict[int, np.ndarray] = {}
-        asked: dict[int, Scene] = {}
-
-        def advance(index: int, drawn: Drawn | None) -> None:
-            try:
-                asked[index] = tasks[index].send(drawn)  # type: ignore[arg-type]
-            except StopIteration as stop:
-                images[index] = stop.value
-
-        for index in range(len(tasks)):
-            advance(index, None)
-        while asked:
-            scenes, asked = asked, {}
-            groups = {index: runs_of(scene, self.model, extras=self.extras) for index, scene in scenes.items()}
-            bar.follow([(scene, groups[index]) for index, scene in scenes.items()])
-            alike: dict[Hashable, list[Run]] = {}
-            for index, scene in scenes.items():
-                alike.setdefault(networks_of(scene.job), []).extend(groups[index])
-            for runs in alike.values():  # so that adapters change between these and not at every step
-                self.engine.drive(runs)
-            for index, runs in groups.items():
-                advance(index, Drawn(torch.cat([_result_of(run) for run in runs]), runs[0].sigmas[-1]))
-        return [images[index] for index in range(len(tasks))]
+        results: dict[int, Result] = {}
+        for number, image in images.items():
+            with apart(number, failed):
+                results[number] = self.result(whole[number], image, shelf.hashes(whole[number]), seconds)
+        return results
 
     def studio(self, pictures: Pictures) -> Studio:
         """What the tasks of jobs that name these pictures work with."""
@@ -294,47 +333,10 @@ class Pipeline:
             adapters=named_files(job, self.model, self.extras),
             model_name=self.model.name,
             model_hash=self.model.hash,
+            model_facts=self.model.facts,
             precision=self.model.precision,
-            made_with=made_with(self.model.device, self.fast),
+            made_with=made_with(self.model.device, self.fast) | self.ways,
         )
-
-
-def _result_of(run: Run) -> Tensor:
-    assert run.result is not None, "nobody cancels these runs"
-    return run.result
-
-
-class Bar:
-    """Counts the steps that runs have left behind, each for as many pictures as the run has."""
-
-    def __init__(self, progress: Progress | None, observe: Observe | None = None) -> None:
-        self.progress, self.observe = progress, observe
-        self.done = self.total = 0
-
-    def follow(self, scenes: Sequence[tuple[Scene, Sequence[Run]]]) -> None:
-        """Watch the runs of scenes that are about to begin."""
-        self.total = self.done + sum(scene.steps for scene, _ in scenes)
-        for scene, runs in scenes:
-            for index, run in enumerate(runs):
-                if self.observe is not None:
-                    self.observe(run, scene, slice(index, index + 1) if len(runs) > 1 else slice(0, scene.job.count))
-                run.watch = self._watch_of(run)
-
-    def _watch_of(self, run: Run) -> Watch:
-        seen, inner = 0, run.watch
-
-        def watch(query: Query, answer: Answer) -> None:
-            nonlocal seen
-            assert run.at is not None
-            step = run.at.step + 1
-            self.done += max(0, step - seen) * len(query.x)
-            seen = max(seen, step)
-            if self.progress is not None:
-                self.progress(min(self.done, self.total), self.total)
-            if inner is not None:
-                inner(query, answer)
-
-        return watch
 
 
 def made_with(device: torch.device, fast: bool = False) -> dict[str, str]:
@@ -349,7 +351,7 @@ def recipe(result: Result, index: int) -> dict[str, Any]:
         "job": job_to_dict(result.job),
         "index": index,
         "seed": result.seeds[index],
-        "model": {"name": result.model_name, "hash": result.model_hash},
+        "model": {"name": result.model_name, "hash": result.model_hash, **result.model_facts},
         **({"pictures": result.pictures} if result.pictures else {}),
         **({"adapters": result.adapters} if result.adapters else {}),
         "precision": result.precision,

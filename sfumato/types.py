@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # the command line reads a Job's fields for its help, which needs no torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,8 @@ class Result:
     """Pictures (B, H, W, 3) uint8 and all that is needed to make them again. `seconds` is wall time of the drawing.
 
     `made_with` names versions and device: what else decides the last bit. `pictures` are the SHA-256 of the pixels that
-    the job's fields name, `adapters` those of the files that its prompts and controls name.
+    the job's fields name, `adapters` those of the files that its prompts and controls name. `model_facts` say how the
+    model's file was read, where a person asked for it.
     """
 
     images: np.ndarray
@@ -269,3 +272,4 @@ class Result:
     made_with: dict[str, str]
     pictures: dict[str, str] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
+    model_facts: dict[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from sfumato.safety import choosing
 from sfumato.safety.checking import Verdict
 from sfumato.types import Hires, Job
 from sfumato.weights.files import sha256
+from tests.rays import local_cluster
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
@@ -323,11 +324,8 @@ def test_a_checkers_verdict_is_in_the_index(tmp_path, tiny_checkpoint, monkeypat
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on this machine, with room for two replicas."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "240000")  # Ray's helpers begin slowly on a busy machine
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with local_cluster() as ray:
+        yield ray
 
 
 @pytest.mark.services

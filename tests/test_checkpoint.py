@@ -269,7 +269,10 @@ def test_an_override_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture
             r"has shape \(5,\), expected \(4,\)",
         ),
         (lambda t: t.update({"model.diffusion_model.zzz": torch.zeros(1)}), "zzz"),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith("cond_stage")], "the text is missing"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith("cond_stage")],
+            r"the text encoder \(cond_stage_model.transformer.\.\.\.\) is",
+        ),
         (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int64)}), "floating point"),
     ],
 )

@@ -272,3 +272,14 @@ def test_a_solver_must_fit_the_schedule(levels: int) -> None:
     model = model_of("sd1")
     with pytest.raises(ValueError, match="2 to 1000 are allowed"):
         whole_consistency(model, ConsistencyConfig(solver_steps=levels))
+
+
+def test_a_student_that_cannot_be_leaves_the_model_as_it_was() -> None:
+    model = model_of("sd1")
+    names = set(model.unet.state_dict())
+    before = unet_output(model)
+    with pytest.raises(ValueError, match=r"^solver_steps=2000: 2 to 1000 are allowed"):
+        beside_consistency(model, replace(CONFIG, solver_steps=2000), SMALL, torch.Generator().manual_seed(0))
+    assert torch.equal(unet_output(model), before) and set(model.unet.state_dict()) == names
+    assert not any("forward" in vars(module) for module in model.unet.modules())
+    assert all(module.room is None for module in model.unet.modules() if hasattr(module, "room"))

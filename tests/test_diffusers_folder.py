@@ -7,6 +7,7 @@ published configs (the fields that they hold, not their files) and the full-size
 import functools
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from sfumato.models.clip import CLIPText
 from sfumato.models.layers import timestep_embedding
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
+from sfumato.weights.checkpoint import load_model
 from sfumato.weights.layouts.diffusers_configs import components, configs_of, family_of, folder_files, stored_layers
 from sfumato.weights.layouts.diffusers_names import (
     autoencoder_keys,
@@ -397,3 +399,32 @@ def test_a_folder_of_shards_and_older_names_is_read(tmp_path: Path) -> None:
     for part, module in parts.items():
         state = found[part].state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("spelled", ["theirs", "older"])
+def test_a_variant_in_shards(tmp_path: Path, spelled: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As diffusers writes them, `model.fp16-00001-of-00002.safetensors`, and as older ones did, `...-00002.fp16...`."""
+    family = tiny(FAMILIES["sd1"])
+    parts = {part: randomise(module, 4) for part, module in build(family).items()}
+    write_folder(tmp_path / "plain", family, parts)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "plain", safety_checker=None)
+    folder = tmp_path / "fp16"
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16", max_shard_size="60KB")
+    shards = list(folder.rglob("*.fp16-*-of-*.safetensors"))
+    assert {path.parent.name for path in shards} >= {"unet", "vae"}
+    if spelled == "older":
+        for path in shards:
+            stem, number = path.stem.split(".fp16-")
+            path.rename(path.with_name(f"{stem}-{number}.fp16.safetensors"))
+        for path in folder.glob("*/*.index*.json"):
+            stem = path.name.partition(".")[0]
+            text = re.sub(r"\.fp16(-\d+-of-\d+)\.", r"\1.fp16.", path.read_text())
+            path.unlink()
+            path.with_name(f"{stem}.fp16.safetensors.index.json").write_text(text)
+    caplog.set_level(logging.INFO, logger="sfumato")
+    for variant in (None, "fp16"):
+        model = load_model(folder, variant=variant)
+        for part, module in parts.items():
+            state = model.networks[part].state_dict()
+            assert all(torch.equal(state[name], tensor.half().float()) for name, tensor in module.state_dict().items())
+    assert "unet has only the variant fp16" in caplog.text

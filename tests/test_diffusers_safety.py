@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig
 
+from sfumato.cli.main import main
 from sfumato.diffusers_style import StableDiffusionPipeline
 from sfumato.diffusers_style.looking import looked_at
 from sfumato.images import to_uint8
@@ -101,3 +105,52 @@ def test_bad_checkers_are_told(pipe):
         looked_at(lambda images, clip_input: (images, None), images)
     same, flags = looked_at(lambda images, clip_input: (images, [False, False]), images)
     assert torch.equal(same, images) and flags == [False, False] and to_uint8(same).shape == (2, 8, 8, 3)
+
+
+# -- the folder's own -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory):
+    """A folder with a checker that flags everything, as diffusers writes it."""
+    path = tmp_path_factory.mktemp("own") / "folder"
+    assert main(["convert", str(tiny_checkpoint), str(path)]) == 0
+    shape = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "image_size": 224, "patch_size": 56}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = StableDiffusionSafetyChecker(CLIPConfig(vision_config=shape, projection_dim=16))
+    with torch.no_grad():
+        theirs.concept_embeds_weights.fill_(-2.0)
+        theirs.special_care_embeds_weights.fill_(2.0)
+    theirs.save_pretrained(path / "safety_checker")
+    return path
+
+
+def named(folder, entry):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"safety_checker": entry}))
+
+
+def test_a_folders_own_is_loaded_unless_none_is_said(folder):
+    named(folder, ["stable_diffusion", "StableDiffusionSafetyChecker"])
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    out = draw(pipe)
+    assert out.nsfw_content_detected == [True, True] and not np.asarray(out.images[0]).any()
+    assert StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).safety_checker is None
+    given = Second()
+    assert StableDiffusionPipeline.from_pretrained(folder, safety_checker=given).safety_checker is given
+
+
+def test_a_folder_that_names_none_has_none(folder, caplog):
+    named(folder, [None, None])
+    assert StableDiffusionPipeline.from_pretrained(folder).safety_checker is None
+    assert "safety checker" not in caplog.text
+
+
+def test_one_that_is_named_and_not_there_is_told(folder, tmp_path, caplog):
+    named(folder, ["stable_diffusion", "StableDiffusionSafetyChecker"])
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "safety_checker" / "model.safetensors").unlink()
+    assert StableDiffusionPipeline.from_pretrained(copy).safety_checker is None
+    assert "copy names a safety checker whose weights are not there" in caplog.text

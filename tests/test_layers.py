@@ -21,8 +21,9 @@ LAYERS = (
     ("engine",),
     ("tasks",),
     ("pipeline",),
+    ("safety",),
     ("diffusers_style",),
-    ("train", "evaluate", "safety", "server"),
+    ("train", "evaluate", "server"),
     ("batch",),
     ("cli",),
 )

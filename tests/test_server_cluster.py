@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 from sfumato.server import cluster
-from sfumato.server.cluster import Scale, check_database, read_scale, resources_of, wanted
+from sfumato.server.cluster import Scale, check_database, listen, read_scale, resources_of, wanted
 from sfumato.server.queue import Queue
+from tests.rays import PATIENCE, local_cluster
 
 log = logging.getLogger(__name__)
 
 PORT = 17861
 JOBS = 12
 LEASE = 20.0  # s, longer than a busy machine lets a living replica wait
-PATIENCE = 280.0  # s
 ROOT = Path(__file__).parents[1]
 
 
@@ -131,6 +131,30 @@ def test_a_signal_while_replicas_begin_takes_them_away_and_nothing_else(monkeypa
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+def test_a_signal_in_the_middle_of_rays_own_code_ends_as_well(monkeypatch) -> None:
+    monkeypatch.setenv(cluster.ADDRESS, "10.0.0.1:6379")
+
+    def wrapped() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as told:
+            raise SystemError("returned a result with an exception set") from told
+
+    stage = Stage(monkeypatch, None)
+    stage.during = wrapped
+    cluster.run(dict, Scale())
+    assert stage.calls[-2:] == ["delete sfumato", "shutdown"]
+
+    def broken() -> None:
+        raise SystemError("a fault of its own") from KeyError(1)
+
+    stage = Stage(monkeypatch, None)
+    stage.during = broken
+    with pytest.raises(SystemError, match="a fault of its own"):
+        cluster.run(dict, Scale())
+    assert stage.calls[-2:] == ["delete sfumato", "shutdown"]
+
+
 def test_serve_ends_with_a_cluster_of_our_own(monkeypatch) -> None:
     monkeypatch.delenv(cluster.ADDRESS, raising=False)
     stage = Stage(monkeypatch, None)
@@ -178,6 +202,28 @@ def test_ray_without_its_part_serve_is_told_in_the_line_that_says_so(monkeypatch
         cluster.run(dict, Scale())
 
 
+class Slow:
+    """Stands for Serve where its proxies begin after Serve has given up waiting: `states`, one for each look."""
+
+    def __init__(self, *states: dict[str, str]) -> None:
+        self.states = list(states)
+
+    def start(self, http_options: dict[str, Any]) -> None:
+        raise TimeoutError("HTTP proxies not available")
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(proxies=self.states.pop(0) if len(self.states) > 1 else self.states[0])
+
+
+def test_proxies_that_begin_late_are_waited_for_and_those_that_never_do_are_told(monkeypatch) -> None:
+    slow = Slow({}, {"a": "STARTING", "b": "HEALTHY"}, {"a": "HEALTHY", "b": "HEALTHY"}, {"a": "UNHEALTHY"})
+    listen(slow, "127.0.0.1", PORT)
+    assert slow.states == [{"a": "UNHEALTHY"}], "it looked until both were ready"
+    monkeypatch.setattr(cluster, "BEGINNING", 0.2)
+    with pytest.raises(TimeoutError, match="HTTP proxies not available"):
+        listen(slow, "127.0.0.1", PORT)
+
+
 def ask(path: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"content-type": "application/json"})
@@ -188,23 +234,19 @@ def ask(path: str, body: dict[str, Any] | None = None) -> Any:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Any]:
     """A cluster on which other people's application runs, and Serve on PORT."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
-    for name in ("RAY_agent_register_timeout_ms", "RAY_raylet_start_wait_time_s"):  # Ray's helpers begin slowly
-        os.environ.setdefault(name, "240000" if name.endswith("ms") else "240")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 
     class Theirs:
         async def __call__(self, request: Any) -> str:
             return "theirs"
 
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    serve.run(
-        serve.deployment(Theirs, ray_actor_options={"num_cpus": 0.1}).bind(), name="theirs", route_prefix="/theirs"
-    )
-    yield ray
-    serve.shutdown()
-    ray.shutdown()
+    with local_cluster() as ray:
+        serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+        listen(serve, "127.0.0.1", PORT)
+        serve.run(
+            serve.deployment(Theirs, ray_actor_options={"num_cpus": 0.1}).bind(), name="theirs", route_prefix="/theirs"
+        )
+        yield ray
+        serve.shutdown()
 
 
 BEGINNER = """
@@ -331,8 +373,13 @@ def test_two_replicas_draw_each_job_once(served: Path) -> None:
 @pytest.mark.services
 def test_what_a_killed_replica_had_is_drawn_by_another(served: Path) -> None:
     ids = submit(JOBS // 2, 120)
-    until(lambda: bool(notes(served, "claimed", ids)), "nobody draws")
-    dead = notes(served, "claimed", ids)[0][0]
+
+    def at_work() -> list[int]:
+        ended = {id for _, id in notes(served, "finished", ids)}
+        return [pid for pid, id in notes(served, "claimed", ids) if id not in ended]
+
+    until(lambda: bool(at_work()), "nobody draws")
+    dead = at_work()[0]
     os.kill(dead, signal.SIGKILL)
     before = {id for pid, id in notes(served, "finished", ids) if pid == dead}
     had = {id for pid, id in notes(served, "claimed", ids) if pid == dead} - before
@@ -341,6 +388,8 @@ def test_what_a_killed_replica_had_is_drawn_by_another(served: Path) -> None:
     found = notes(served, "finished", ids)
     assert sorted(id for _, id in found) == sorted(ids), "each is put down once"
     assert all(pid != dead for pid, id in found if id in had)
+    shares = dict(Counter(pid for pid, _ in found))
+    log.info("%d jobs, by replica: %s; %d, which was killed, had %d", len(ids), shares, dead, len(had))
 
     def answers() -> bool:
         try:

@@ -442,7 +442,24 @@ def test_another_run_in_the_folder(folder, tmp_path, capsys):
     assert "trainer was lora, is hypernetwork" in capsys.readouterr().err
 
 
-def test_one_device(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train("lora", "sd1", folder, tmp_path / "run", "--steps", "2", *CAPTION, "--device", "cpu") == 2
-    assert "torchrun: several ranks" in capsys.readouterr().err
+@pytest.mark.parametrize("name, dtype", [(None, torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_precision_of_the_file(name, dtype, folder, tmp_path):
+    """As it was trained, rounded once; and what was trained is as it was: the run goes on in float32."""
+    flags = ["--steps", "2", "--batch", "2", "--lr", "1e-2", *CAPTION, "--rank", "2"]
+    run = tmp_path / "owl"
+    assert train("lora", "sd1", folder, run, *flags, *([] if name is None else ["--save-dtype", name])) == 0
+    exact = tmp_path / "exact" / "owl"
+    assert train("lora", "sd1", folder, exact, *flags, "--save-dtype", "fp32") == 0
+    found, wanted = (load_safetensors(path / "owl.safetensors")[0] for path in (run, exact))
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        if key.endswith(".alpha"):
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[key])
+        else:
+            assert tensor.dtype == dtype and torch.equal(tensor, wanted[key].to(dtype)), key
+
+
+def test_a_control_networks_file_is_half_precision_too(folder, tmp_path):
+    run = tmp_path / "grey"
+    assert train("controlnet", "sd1", folder, run, "--steps", "1", "--batch", "1", *CAPTION, "--annotate", "grey") == 0
+    assert {tensor.dtype for tensor in load_safetensors(run / "grey.safetensors")[0].values()} == {torch.float16}

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from sfumato.families import Model
 from sfumato.families.conditioning import encode
 from sfumato.models.hypernetwork import HypernetworkConfig, worn
+from sfumato.train.conditions import text_states, vector_of
 from sfumato.train.data import LatentBatch
+from sfumato.train.diffusion import FramedBatch
 from sfumato.train.hypernetwork import HypernetworkObjective, hypernetwork_result, new_hypernetwork
 from sfumato.train.inversion import (
     STYLE,
@@ -21,7 +23,6 @@ from sfumato.train.inversion import (
     InversionObjective,
     inversion_result,
     new_inversion,
-    states,
 )
 from sfumato.train.loop import LoopConfig, State, fit
 from sfumato.weights.checkpoint import load_model, save_checkpoint
@@ -110,7 +111,7 @@ def test_a_word_is_learned_and_nothing_else(model: Model, tmp_path: Path) -> Non
         assert torch.equal(word.vectors[0], objective.network.vectors[0])
         assert torch.equal(
             encode(model, "a photo of <wall>", embeddings={"<wall>": word}).context,
-            states(model, ["a photo of <wall>"], [{"<wall>": objective.network.vectors[0]}]),
+            text_states(model, ["a photo of <wall>"], [{"<wall>": objective.network.vectors[0]}]).context,
         ), "a prompt uses what was trained"
 
 
@@ -171,7 +172,7 @@ def test_a_hypernetwork_is_learned_and_nothing_else(model: Model, tmp_path: Path
 def test_it_has_the_widths_of_the_unet(model: Model, xl: Model, tmp_path: Path) -> None:
     objective = new_hypernetwork(model, "x", torch.Generator().manual_seed(0))
     assert objective.network.config == HypernetworkConfig((8, 16))
-    context = states(model, ["a red wall"])
+    context = text_states(model, ["a red wall"]).context
     data = OnePicture(context + 1)
     seen = objective.loss(data.batch([0]), torch.Generator().manual_seed(1))[0]
     assert not torch.equal(seen, objective.loss(OnePicture().batch([0]), torch.Generator().manual_seed(1))[0])
@@ -222,3 +223,27 @@ def test_what_cannot_be_learned_is_told(model: Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sees more than a text"):
         new_inversion(load_model(tmp_path / "i.safetensors"), InversionConfig("x"))
     assert isinstance(new_inversion(model, InversionConfig("x")).network, nn.Module)
+
+
+# -- what XL is told of a picture -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["word", "hypernetwork"])
+def test_xl_is_told_the_real_size_and_crop(xl: Model, trainer: str) -> None:
+    """As the trainer of LoRA tells it: original, crop, target; without frames, that nothing was cut off."""
+    if trainer == "word":
+        objective: InversionObjective | HypernetworkObjective = new_inversion(xl, InversionConfig("zyx", "red", 1))
+    else:
+        objective = new_hypernetwork(xl, "h", torch.Generator().manual_seed(0))
+    told: list[Tensor] = []
+    hook = xl.unet.register_forward_pre_hook(lambda module, args: told.append(args[3].detach()))
+    bare = OnePicture().batch([0, 0])
+    frames = torch.tensor([[300.0, 200.0, 7.0, 3.0, 64.0, 64.0], [64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+    framed = FramedBatch(bare.mean, bare.std, bare.captions, frames=frames)
+    for batch in (framed, bare):
+        objective.loss(batch, torch.Generator().manual_seed(1))
+    hook.remove()
+    pooled = told[0][:, :12]
+    assert torch.equal(told[0], vector_of(xl, pooled, frames))
+    sizes = [each[:, 12:] for each in told]
+    assert torch.equal(sizes[1], sizes[0][1].expand(2, -1)) and not torch.equal(sizes[0][0], sizes[0][1])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sfumato.models import winograd
 from sfumato.models.layers import Conv2d, hasten, wrapped
+from sfumato.models.room import Room
 from sfumato.models.unet import UNet, UNetConfig
-from sfumato.models.winograd import Columns, Room, Winograd, fastest
+from sfumato.models.winograd import Columns, Winograd, fastest
 
 SHAPES = [(2, 8, 8, 8, 16), (1, 3, 5, 7, 4), (3, 5, 4, 4, 1), (1, 16, 9, 1, 8), (1, 2, 1, 1, 2)]  # B C h w O
 TINY = UNetConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 0), context_dim=16)
@@ -73,6 +74,36 @@ def test_pieces_change_nothing_but_rounding(m: int, monkeypatch: pytest.MonkeyPa
         _close(_run(f"winograd{m}", case, torch.float32), exact, 1e-4)
 
 
+@pytest.mark.parametrize("m", [2, 4])
+def test_what_a_room_held_before_is_not_seen(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell of the room's maps is written before it is read, in one band and in many."""
+    case = _case((3, 6, 11, 9, 40))
+    for band in (1, 20_000, winograd.BAND):
+        monkeypatch.setattr(winograd, "BAND", band)
+        room = Room()
+        for name in ("padded", "back", "gathered", "tiles", "products", "results", "weight"):
+            room.take(name, 100_000).fill_(float("nan"))
+        x, weight, bias = (z.float().requires_grad_() for z in case[:3])
+        out = Winograd.apply(x, weight, bias, m, room)
+        found = torch.autograd.grad(out, (x, weight, bias), case[3].float())
+        _close([out.detach(), *found], _run("direct", case, torch.float64), 1e-4)
+
+
+def test_tiles_are_kept_for_the_gradient_of_weights_alone() -> None:
+    """Of a map that is one band its tiles are kept instead of it; with frozen weights the map, which costs nothing."""
+    x, weight = (z.float().requires_grad_() for z in _case((2, 8, 8, 8, 16))[:2])
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        Winograd.apply(x, weight, None, 4, Room())
+        Winograd.apply(x, weight.detach(), None, 4, Room())
+    assert saved == [(16, 8, 3, 3), (36, 8, 8), (16, 8, 3, 3), (2, 8, 8, 8)]
+
+
 def test_frozen_weights_get_no_gradient() -> None:
     for wants in ((True, False, False), (False, True, False), (False, False, True)):
         tensors = [z.float().requires_grad_(want) for z, want in zip(_case((2, 4, 8, 8, 4))[:3], wants, strict=True)]
@@ -124,6 +155,8 @@ def test_which_way() -> None:
     """Measured winners: tiles on large maps, columns where the weight is the larger part, no tiles for stride 2."""
     assert fastest((2, 160, 32, 32), 160, 1) == "winograd4"
     assert fastest((2, 320, 32, 32), 320, 1) == "winograd4"
+    assert fastest((32, 96, 8, 8), 96, 1) == "winograd4"
+    assert fastest((32, 48, 16, 16), 48, 1) == "direct"
     assert fastest((2, 640, 16, 16), 640, 1) == "winograd2"
     assert fastest((2, 640, 4, 4), 640, 1) == "columns"
     assert fastest((32, 96, 8, 8), 96, 2) in ("direct", "columns")
@@ -132,8 +165,9 @@ def test_which_way() -> None:
 
 def test_off_unless_asked_and_where_it_does_not_apply() -> None:
     """PyTorch's own bits without `hasten`, after it is taken back, in other precisions, and for other sizes."""
-    x = torch.randn(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
-    conv = Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 160, 32, 32).contiguous(memory_format=torch.channels_last)
+    conv = Conv2d(160, 160, 3, padding=1).to(memory_format=torch.channels_last)
+    assert fastest(tuple(x.shape), 160, 1) == "winograd4"
     exact = F.conv2d(x, conv.weight, conv.bias, 1, 1)
     assert torch.equal(conv(x), exact)
     hasten(conv)
@@ -156,6 +190,14 @@ def test_gradients_lie_as_the_weights_do() -> None:
         weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
         function.apply(torch.randn(1, 6, 8, 8), weight, None, argument, Room()).sum().backward()
         assert weight.grad is not None and weight.grad.stride() == weight.stride()
+
+
+def test_gradients_of_1_x_1_convolutions_lie_as_the_weights_do() -> None:
+    """Otherwise the fused optimiser copies weight, gradient and moments in every step."""
+    conv = Conv2d(6, 8, 1).to(memory_format=torch.channels_last)
+    hasten(conv)
+    conv(torch.randn(1, 6, 4, 4).contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride() == (6, 1, 6, 6)
 
 
 def test_a_network_learns_the_same() -> None:

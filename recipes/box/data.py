@@ -314,7 +314,7 @@ def build(
 ) -> dict[str, Any]:
     """Writes the shards and then `summary.json`; returns the summary. Old shards in `out` are removed first.
 
-    `scenes` pictures of two things are added. `held_out` builds from the (thing, style) pairs that every other set leaves out.
+    `scenes` pictures of two things are added. `held_out` builds from the (thing, style) pairs that others leave out.
     """
     lowest = {"size": (size, 16), "per-picture": (per_picture, 1), "seed": (seed, 0), "scenes": (scenes, 0)}
     for name, (value, low) in lowest.items():

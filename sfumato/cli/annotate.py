@@ -11,16 +11,15 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sfumato.cli.drawing import pictures_in
-from sfumato.images import read_picture, save_png
-from sfumato.images.annotate import ANNOTATORS, Network, annotate, find_annotator
-from sfumato.images.fitting import fitted
-from sfumato.tasks.canvas import flat
-from sfumato.tasks.depth import estimated
-from sfumato.weights.controls.hed import load_hed, soft_edges
+from sfumato.cli.names import ANNOTATOR_OPTIONS, ANNOTATORS
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.images.annotate import Network
 
 MAX_SIDE = 16384
 
@@ -31,20 +30,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("annotator", metavar="NAME", help=", ".join(ANNOTATORS))
     add("paths", nargs="+", metavar="PATH", help="one or more pictures, or a folder of them, and at last OUT")
-    options: dict[str, list[str]] = {}
-    for name, each in ANNOTATORS.items():
-        for option in each.options:
-            options.setdefault(option.name, []).append(f"{name}: {option.what} ({option.default})")
-    for option_name, texts in options.items():
-        add(f"--{option_name}", type=float, metavar="X", help="; ".join(texts))
+    for option_name, text in ANNOTATOR_OPTIONS.items():
+        add(f"--{option_name}", type=float, metavar="X", help=text)
     add("--size", metavar="WxH", help="the hint's size in pixels; the picture is cut to its shape")
     add("--weights", metavar="PATH", help="the network: HED's .pth, .safetensors or .h5, or a depth network's .onnx")
     add("--device", default="cpu", metavar="NAME", help="where HED computes (default: %(default)s)")
-    parser.set_defaults(option_names=list(options))
+    parser.set_defaults(option_names=list(ANNOTATOR_OPTIONS))
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import read_picture, save_png
+    from sfumato.images.annotate import annotate, find_annotator
+    from sfumato.images.fitting import fitted
+    from sfumato.tasks.canvas import flat
+
     find_annotator(args.annotator)
     if len(args.paths) < 2:
         raise ValueError("out=None: a picture or a folder, and where the hint goes, are needed")
@@ -102,7 +102,10 @@ def targets_of(inputs: list[Path], out: Path) -> dict[Path, Path]:
 
 def network_of(args: argparse.Namespace) -> Network | None:
     """The network that the annotator needs; ValueError where one is missing or not wanted."""
-    kind = ANNOTATORS[args.annotator].network
+    from sfumato.images.annotate import find_annotator
+    from sfumato.weights.controls.hed import load_hed, soft_edges
+
+    kind = find_annotator(args.annotator).network
     if kind is None and args.weights is not None:
         raise ValueError(f"weights={args.weights!r}: {args.annotator} needs none")
     if kind == "edges":
@@ -115,4 +118,6 @@ def network_of(args: argparse.Namespace) -> Network | None:
 
 
 def _depth(path: str, pixels: np.ndarray) -> np.ndarray:
+    from sfumato.tasks.depth import estimated
+
     return estimated(pixels, path)

@@ -12,14 +12,16 @@ import logging
 import random
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.cli.drawing import pictures_in
 from sfumato.cli.job_flags import GROUPS, Texts, add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import draw_with_bar
-from sfumato.images import read_picture, save_png
-from sfumato.pipeline import Pipeline
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import read_picture
+
     if not 1 <= args.copies <= 1000:
         raise ValueError(f"copies={args.copies}: 1 to 1000 are allowed")
     if len(args.strength) > 2 or not all(0 <= strength <= 1 for strength in args.strength):
@@ -106,6 +110,8 @@ def draw(
     protecting: Protecting,
 ) -> None:  # fmt: skip
     """Draw one variant, its caption first, so that none is ever without."""
+    from sfumato.images import save_png
+
     own = random.Random(f"{args.seed} {target.name}")  # the same whatever else is in the folder
     job = job_from_flags(
         args, image=str(path), seed=own.randrange(2**32), prompt=caption or "" if args.prompt is None else args.prompt,

@@ -14,21 +14,19 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sfumato.batch.drawing import Crew, Drawer, Finished, Hand, Plan
-from sfumato.batch.ledger import Ledger, write_index
-from sfumato.batch.rows import Reader, mark_of, share
-from sfumato.batch.tables import read_table
 from sfumato.cli.elsewhere import Anchored, absolute_flags
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.safety.provenance import load_key, public_text
-from sfumato.tasks.checks import job_to_dict
 from sfumato.types import Job, Result
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.batch.drawing import Crew, Finished, Hand
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +63,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.batch.ledger import Ledger, write_index
+    from sfumato.batch.rows import Reader, mark_of, share
+    from sfumato.batch.tables import read_table
+    from sfumato.tasks.checks import job_to_dict
+
     base = job_from_flags(args, prompt="", seed=0)
     there = absolute_flags(args) if args.ray else args  # what draws elsewhere begins in a folder of its own
     texts = texts_from_flags(there).jobs
@@ -125,6 +128,8 @@ def read_shard(text: str) -> tuple[int, int]:
 
 def crew_of(args: argparse.Namespace) -> Crew:
     """Whoever draws: this process, or actors of a Ray cluster."""
+    from sfumato.batch.drawing import Drawer, Plan
+
     plan = Plan(args.out.absolute(), args.batch, args.deterministic)
     if not args.ray:
         return Drawer(hand_of(args), plan)
@@ -135,6 +140,8 @@ def crew_of(args: argparse.Namespace) -> Crew:
 
 def hand_of(args: argparse.Namespace) -> Hand:
     """The pipeline that the flags ask for, and what is done with its pictures. Called where pictures are drawn."""
+    from sfumato.batch.drawing import Hand
+
     protecting = Protecting(args)
     pipeline = load(args, args.device, args.precision)
 

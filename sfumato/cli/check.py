@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 
 from sfumato.cli.drawing import pictures_in
-from sfumato.images import read_picture
-from sfumato.safety.choosing import open_checker
-from sfumato.tasks.canvas import flat
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +19,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import read_picture
+    from sfumato.safety.choosing import open_checker
+    from sfumato.tasks.canvas import flat
+
     checker = open_checker(args.safety_checker)
     paths = [
         path for name in args.pictures for path in (pictures_in(Path(name)) if Path(name).is_dir() else [Path(name)])

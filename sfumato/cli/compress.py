@@ -10,11 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
-from sfumato.evaluate.quality import psnr
-from sfumato.images import read_picture
-from sfumato.images.files import written_beside
-from sfumato.tasks.canvas import flat
-from sfumato.tasks.latent_file import compress, expand
 
 ENDING = ".sfl"
 
@@ -33,6 +28,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.evaluate.quality import psnr
+    from sfumato.images import read_picture
+    from sfumato.tasks.canvas import flat
+    from sfumato.tasks.latent_file import compress, expand
+
     paths = targets(args.pictures, args.outdir, ENDING, "picture")
     pipeline = load(args, args.device, args.precision)
     for name, path in zip(args.pictures, paths, strict=True):
@@ -57,6 +57,8 @@ def targets(names: Sequence[str], outdir: str | None, ending: str, field: str) -
 
 def save_bytes(path: Path, data: bytes) -> None:
     """Write beside, then rename; ValueError where the place cannot be written."""
+    from sfumato.images.files import written_beside
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from sfumato.cli.loading import family_flag
-from sfumato.weights.checkpoint import open_checkpoint
+from sfumato.cli.names import PRECISIONS
 from sfumato.weights.hub import resolve
-from sfumato.weights.parts import Checkpoint
-from sfumato.weights.writing import Parts, averages_in, in_precision, parts_of, surplus_of, write
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    import torch
+
+    from sfumato.weights.parts import Checkpoint
+    from sfumato.weights.writing import Parts
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The precision of a name in PRECISIONS; None of None."""
+    import torch
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return None if name is None else dtypes[name]
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +35,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("ckpt", metavar="PATH", help="a checkpoint file, a diffusers folder or a hub id")
     add("out", metavar="OUT", help="a new .safetensors file, or a new folder for the diffusers layout")
-    add("--dtype", choices=DTYPES, help="store in this precision (default: as it is)")
+    add("--dtype", choices=PRECISIONS, help="store in this precision (default: as it is)")
     add("--family", metavar="NAME", help="read it as this family")
     add("--variant", metavar="NAME", help="a folder's files of this variant, such as fp16")
 
@@ -38,6 +48,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def opened(args: argparse.Namespace, use_ema: bool = False) -> Checkpoint:
     """The source of the flags, without problems."""
+    from sfumato.weights.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(
         resolve(args.ckpt), family_flag(args), use_ema, getattr(args, "vae", None), args.variant
     )
@@ -50,15 +62,21 @@ def opened(args: argparse.Namespace, use_ema: bool = False) -> Checkpoint:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.weights.writing import averages_in, in_precision, parts_of, surplus_of
+
     checkpoint = opened(args)
     surplus, metadata = surplus_of(checkpoint)
-    dtype = DTYPES.get(args.dtype)
+    dtype = dtype_of(args.dtype)
     save(Path(args.out), checkpoint, in_precision(parts_of(checkpoint), dtype), averages_in(surplus, dtype), metadata)
     return 0
 
 
 def save(target: Path, checkpoint: Checkpoint, parts: Parts, surplus: dict, metadata: dict[str, str]) -> None:  # type: ignore[type-arg]
     """Write with a bar, then print the target. A file that is there already is left alone."""
+    import torch
+
+    from sfumato.weights.writing import write
+
     if target.is_file():
         raise ValueError(f"out={str(target)!r}: it is there already; name another file")
     total = sum(

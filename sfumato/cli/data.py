@@ -10,19 +10,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sfumato.train.data import open_pictures, statistics
-from sfumato.train.data.columns import FILES, table_library
-from sfumato.train.data.duplicates import HASHES, MOST, colours, groups
-from sfumato.train.data.filtering import PRESETS, chosen_of, filter_tables, tables_of
-from sfumato.train.data.pictures import Pictures, line_of, read
-from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures, scores_of_stored
-from sfumato.train.data.watermarks import load_detector, watermarks_of_pictures
-from sfumato.train.data.writing import PER_SHARD, check_out, write_shards
+from sfumato.cli import names
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.train.data.pictures import Pictures
 
 Parser = argparse.ArgumentParser
 
@@ -57,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
 def is_list(source: str | Path) -> bool:
     """Whether a path is Parquet without pictures, as LAION's lists are: a file, or a folder of nothing else."""
+    from sfumato.train.data.columns import FILES, table_library
+    from sfumato.train.data.filtering import tables_of
+    from sfumato.train.data.pictures import line_of
+
     path = Path(source)
     if path.is_dir() and any(path.glob("*.tar")):
         return False
@@ -71,6 +71,8 @@ def is_list(source: str | Path) -> bool:
 
 
 def _opened(source: str, need_captions: bool = False) -> Pictures:
+    from sfumato.train.data import open_pictures
+
     pictures = open_pictures(source, need_captions=need_captions)
     print(f"{source}: a {pictures.kind}, {len(pictures):,} pictures")
     return pictures
@@ -89,18 +91,22 @@ def _told_report(pictures: Pictures) -> None:
 
 
 def _filter_flags(parser: Parser) -> None:
-    about = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+    about = "; ".join(f"{name}: {text}" for name, text in names.PRESETS.items())
     add = parser.add_argument
     add("out", metavar="OUT", help="a Parquet file or folder for lists, a folder of new shards for pictures")
     add("--preset", action="append", default=[], metavar="NAME", help=f"{about}; may be given more than once")
     add("--where", action="append", default=[], metavar="SQL", help="keep rows for which this is true, such as "
         "\"punsafe < 0.1 AND caption LIKE '%%cat%%'\"; may be given more than once")  # fmt: skip
     add("--facts", metavar="FILE", help="facts to add, such as what `sfumato data score` wrote")
-    add("--per-shard", type=int, default=PER_SHARD, metavar="N", help="pictures of a new shard (default: %(default)s)")
+    add("--per-shard", type=int, default=names.PER_SHARD, metavar="N",
+        help="pictures of a new shard (default: %(default)s)")  # fmt: skip
 
 
 def filter_set(args: argparse.Namespace) -> int:
     """Write what stays; print how many, and why the others went."""
+    from sfumato.train.data.filtering import chosen_of, filter_tables
+    from sfumato.train.data.writing import check_out, write_shards
+
     if is_list(args.source):
         if args.facts:
             raise ValueError(f"facts={args.facts!r}: only for sets of pictures; a list has columns of its own")
@@ -143,6 +149,9 @@ def _stats_flags(parser: Parser) -> None:
 
 def tell_statistics(args: argparse.Namespace) -> int:
     """Print a table, and write it and its plots where asked."""
+    from sfumato.train.data import statistics
+    from sfumato.train.data.filtering import tables_of
+
     if is_list(args.source):
         found = statistics.measured_tables(tables_of(args.source))
     else:
@@ -163,8 +172,9 @@ def tell_statistics(args: argparse.Namespace) -> int:
 
 def _dedup_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--hash", choices=HASHES, default="phash", help="(default: %(default)s)")
-    add("--distance", type=int, default=4, metavar="BITS", help=f"of 64 that may differ, 0 to {MOST} (default: 4)")
+    add("--hash", choices=names.HASHES, default="phash", help="(default: %(default)s)")
+    add("--distance", type=int, default=4, metavar="BITS",
+        help=f"of 64 that may differ, 0 to {names.MOST_BITS} (default: 4)")  # fmt: skip
     add("--colour", type=float, default=16, metavar="LEVELS",
         help="of 255 that a raster of 4 x 4 colours may differ on average (default: %(default)s)")  # fmt: skip
     add("--list", metavar="FILE", help="write the groups as JSON lines, what stays first")
@@ -173,6 +183,10 @@ def _dedup_flags(parser: Parser) -> None:
 
 def find_duplicates(args: argparse.Namespace) -> int:
     """Print how many near duplicates there are; list them, or write the set without them, where asked."""
+    from sfumato.train.data.duplicates import HASHES, colours, groups
+    from sfumato.train.data.pictures import read
+    from sfumato.train.data.writing import check_out, write_shards
+
     pictures = _opened(args.source)
     if args.out:
         check_out(args.out)
@@ -217,6 +231,8 @@ def _score_flags(parser: Parser) -> None:
 
 def score_set(args: argparse.Namespace) -> int:
     """Write a score for each picture."""
+    from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures, scores_of_stored
+
     if (args.predictor is None) == (args.watermark is None):
         raise ValueError("predictor: one of --predictor and --watermark is needed")
     args.name = args.name or ("aesthetic" if args.watermark is None else "pwatermark")
@@ -245,6 +261,8 @@ def score_set(args: argparse.Namespace) -> int:
 
 
 def _score_watermarks(args: argparse.Namespace) -> int:
+    from sfumato.train.data.watermarks import load_detector, watermarks_of_pictures
+
     for name in ("clip", "embeddings", "column"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}={getattr(args, name)!r}: it goes with --predictor")
@@ -259,6 +277,8 @@ def _score_watermarks(args: argparse.Namespace) -> int:
 
 def _scored(pictures: Pictures, scores: Iterator[tuple[int, float]] | Sequence[tuple[int, float]], name: str,
             ) -> Iterator[dict[str, Any]]:  # fmt: skip
+    from sfumato.train.data.pictures import line_of
+
     for number, score in scores:
         try:
             key = pictures.facts(number).get("key")
@@ -282,7 +302,7 @@ def _write_facts(out: Path, rows: Iterator[Mapping[str, Any]], total: int) -> No
 def _score_column(args: argparse.Namespace, predictor: Any, out: Path) -> int:
     import torch
 
-    from sfumato.train.data.columns import frame_of
+    from sfumato.train.data.columns import frame_of, table_library
 
     frame = frame_of(args.source)
     if args.column not in frame.columns:
@@ -311,6 +331,8 @@ def _check_flags(parser: Parser) -> None:
 
 def check_set(args: argparse.Namespace) -> int:
     """Decode every picture; 0 where all is well, 1 where something is broken."""
+    from sfumato.train.data.pictures import read
+
     pictures = _opened(args.source, need_captions=not args.no_captions)
     for index in tqdm(range(len(pictures)), desc="reading", unit="pictures"):
         read(pictures, index, need_caption=not args.no_captions)

@@ -10,23 +10,21 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
+from sfumato.cli.names import SAMPLERS, SCHEDULES
 from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import Saver, draw_with_bar
 from sfumato.cli.seeing import Seeing, add_seeing_flags
-from sfumato.diffusion.samplers import SAMPLERS, find_sampler
-from sfumato.diffusion.schedule import SCHEDULES
-from sfumato.families import Family
-from sfumato.images import grid
-from sfumato.pipeline import Pipeline
-from sfumato.tasks.canvas import read_free
-from sfumato.tasks.checks import MAX_COUNT, RANGES, complete, require_number
-from sfumato.tasks.pictures import Pictures
 from sfumato.types import Job
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Family
+    from sfumato.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +142,8 @@ def read_prompts(path: str) -> list[str]:
 
 def _sampling(args: argparse.Namespace) -> dict[str, str | None]:
     """Sampler and schedule; --plms and --dpm_solver are the original script's names of two."""
+    from sfumato.diffusion.samplers import find_sampler
+
     wanted = {"plms": args.plms, "dpmpp_2m": args.dpm_solver, args.sampler: args.sampler is not None}
     names = {find_sampler(name).name for name, given in wanted.items() if given}
     if len(names) > 1:
@@ -159,6 +159,8 @@ def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
 
     Each of them for every picture that there is to begin from.
     """
+    from sfumato.tasks.checks import MAX_COUNT
+
     for name in ("n_iter", "n_samples", *(["loopback"] if args.style.takes_image else [])):
         if not 1 <= getattr(args, name) <= MAX_COUNT:
             raise ValueError(f"{name}={getattr(args, name)}: 1 to {MAX_COUNT} are allowed")
@@ -238,6 +240,8 @@ def _check_family(args: argparse.Namespace, family: Family) -> None:
 
 def _check_loopback(args: argparse.Namespace, job: Job) -> None:
     """ValueError where a job cannot be drawn again and again as --loopback asks."""
+    from sfumato.tasks.checks import RANGES, require_number
+
     last = args.loopback_strength
     if args.loopback == 1:
         if last is not None:
@@ -290,6 +294,10 @@ def looped(
 
 def check_all(jobs: Sequence[Job], family: Family, seeing: Seeing) -> None:
     """ValueError where one of many jobs, or a picture that it names, is wrong: told before the first is drawn."""
+    from sfumato.tasks.canvas import read_free
+    from sfumato.tasks.checks import complete
+    from sfumato.tasks.pictures import Pictures
+
     pictures = Pictures()
     held: tuple[str | None, str | None] = (None, None)  # of a folder, no more than one picture
     for job in jobs:
@@ -304,6 +312,8 @@ def check_all(jobs: Sequence[Job], family: Family, seeing: Seeing) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import grid
+
     iterations = list(jobs_of(args))
     outdir = args.outdir
     if args.laion400m:

@@ -15,13 +15,6 @@ from tqdm import tqdm
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
 from sfumato.cli.saving import Saver
-from sfumato.images import read_picture
-from sfumato.images.fitting import fitted
-from sfumato.pipeline import made_with
-from sfumato.tasks.canvas import flat
-from sfumato.tasks.inversion import inverted, null_text, redrawn
-from sfumato.tasks.scenes import Drawn
-from sfumato.tasks.studio import Studio
 from sfumato.types import Answer, Job, Query
 
 # What a picture's recipe says of its edit.
@@ -54,6 +47,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import read_picture
+    from sfumato.images.fitting import fitted
+    from sfumato.pipeline import made_with
+    from sfumato.tasks.canvas import flat
+    from sfumato.tasks.inversion import inverted, null_text, redrawn
+    from sfumato.tasks.scenes import Drawn
+    from sfumato.tasks.studio import Studio
+
     if args.null_text and args.negative:
         raise ValueError(f"negative={args.negative!r}: it is learnt with --null-text; one of the two is needed")
     original = read_picture(args.image)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.images import UPSCALERS
 from sfumato.prompts.networks import TAG
 from sfumato.safety.opennsfw import OpenNsfw
 from sfumato.types import Control, Job
@@ -63,6 +62,8 @@ class Anchored:
 
 def absolute_job(job: Job, folder: Path) -> Job:
     """The job with the pictures and networks that it names, in its prompts too, as they hold in any folder."""
+    from sfumato.images import UPSCALERS
+
     files: dict[str, Any] = {name: getattr(job, name) for name in ("image", "mask", "depth")}
     if job.upscaler not in UPSCALERS:
         files["upscaler"] = job.upscaler

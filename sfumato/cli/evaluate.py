@@ -19,37 +19,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sfumato import __version__
-from sfumato.cli.loading import add_device_flags
+from sfumato.cli import names
+from sfumato.cli.loading import add_device_flags, speed_flags
 from sfumato.cli.probing import SAMPLES as PROBED
 from sfumato.cli.probing import add_probe_flags, run_probe
-from sfumato.evaluate.features import FEATURES, Network, facts_of, open_features
-from sfumato.evaluate.figure import draw_figure
-from sfumato.evaluate.measuring import check_count, measured
-from sfumato.evaluate.resizing import RESIZERS, resized
-from sfumato.evaluate.statistics import save_statistics, statistics_of
-from sfumato.evaluate.sweep import (
-    Advance,
-    Sweep,
-    begin,
-    drawn_features,
-    gathered,
-    key_of,
-    once,
-    shuffled_numbers,
-    write_json,
-)
-from sfumato.pipeline import Pipeline, choose_device
-from sfumato.train.data import Pictures, open_pictures
-from sfumato.train.data.pictures import caption_in, line_of, read
-from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from torch import Tensor
+
+    from sfumato.evaluate.features import Network
+    from sfumato.evaluate.sweep import Advance, Sweep
+    from sfumato.pipeline import Pipeline
+    from sfumato.train.data import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="PATH", help="real pictures with captions: shards, a folder, JSON lines or Parquet")
     add("--a", metavar="PATH", help="compare these pictures (real) ...")
     add("--b", metavar="PATH", help="... with these, and draw nothing")
-    add("--features", nargs="+", metavar="NAME[:FILE]", default=[], help=f"networks: {', '.join(FEATURES)}")
-    add("--resize", choices=RESIZERS, default="clean", help="how pictures get a network's size (default: %(default)s)")
+    add("--features", nargs="+", metavar="NAME[:FILE]", default=[], help=f"networks: {', '.join(names.FEATURES)}")
+    add("--resize", choices=names.RESIZERS, default="clean",
+        help="how pictures get a network's size (default: %(default)s)")  # fmt: skip
     add("--out", metavar="DIR", help="pictures, features, results.json and figure.png go there")
     add = parser.add_argument_group("drawing").add_argument
     add("--ckpt", nargs="+", metavar="PATH", default=[None], help="checkpoints (default: the model in the box)")
@@ -109,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _networks(args: argparse.Namespace) -> list[Network]:
+    from sfumato.evaluate.features import FEATURES, open_features
+    from sfumato.pipeline import choose_device
+
     if not args.features:
         raise ValueError(f"features: name one or more with --features, of {', '.join(FEATURES)}")
     names = [text.partition(":")[0] for text in args.features]
@@ -127,6 +118,8 @@ class Looked:
 
     def read(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """Those that can be read."""
+        from sfumato.train.data.pictures import read
+
         found = []
         for number in numbers:
             got = read(self.pictures, number, need_caption=False)
@@ -162,6 +155,10 @@ def _bar(total: int, what: str) -> Any:
 
 def compare(args: argparse.Namespace) -> int:
     """--a and --b: measure two sets of pictures."""
+    from sfumato.evaluate.measuring import measured
+    from sfumato.evaluate.sweep import write_json
+    from sfumato.train.data import open_pictures
+
     for name in ("a", "b"):
         if getattr(args, name) is None:
             raise ValueError(f"{name}: both --a and --b are needed")
@@ -186,6 +183,10 @@ def _in_memory(
     networks: Sequence[Network], looked: Looked, args: argparse.Namespace, advance: Advance
 ) -> dict[str, Tensor]:
     """Features by network of all pictures that can be read."""
+    import torch
+
+    from sfumato.evaluate.resizing import resized
+
     parts: dict[str, list[Tensor]] = {network.name: [torch.zeros(0, network.dim)] for network in networks}
     total, batch = len(looked.pictures), max(1, args.batch)
     for start in range(0, total, batch):
@@ -201,6 +202,14 @@ def _in_memory(
 
 def draw_and_measure(args: argparse.Namespace) -> int:
     """--data: draw, measure, write results.json and figure.png."""
+    from sfumato.evaluate.features import facts_of
+    from sfumato.evaluate.figure import draw_figure
+    from sfumato.evaluate.measuring import check_count, measured
+    from sfumato.evaluate.statistics import save_statistics, statistics_of
+    from sfumato.evaluate.sweep import Sweep, drawn_features, key_of, once, write_json
+    from sfumato.pipeline import Pipeline
+    from sfumato.train.data import open_pictures
+
     if args.out is None:
         raise ValueError("out: say with --out DIR where pictures and results go")
     usual = {"guidance": GUIDANCE, "steps": STEPS, "sampler": SAMPLER, "samples": SAMPLES}
@@ -247,7 +256,9 @@ def draw_and_measure(args: argparse.Namespace) -> int:
 
     with _bar(len(labels) * len(guidance) * len(captions), "drawing") as bar:
         for label, path in labels.items():
-            pipeline = Pipeline.from_pretrained(path, args.device, args.precision, use_ema=args.ema, fast=args.fast)
+            pipeline = Pipeline.from_pretrained(
+                path, args.device, args.precision, use_ema=args.ema, fast=args.fast, **speed_flags(args)
+            )
             for scale in guidance:
                 measure(label, pipeline, scale, False, bar.update)
             for scale in guidance:
@@ -301,6 +312,8 @@ def captions_of(pictures: Pictures, count: int, seed: int) -> list[str]:
 
     Those that cannot be read or are not there are left out and reported. ValueError where there are none.
     """
+    from sfumato.evaluate.sweep import shuffled_numbers
+
     found: list[str] = []
     for number in shuffled_numbers(len(pictures), len(pictures), seed):
         if len(found) == count:
@@ -314,6 +327,8 @@ def captions_of(pictures: Pictures, count: int, seed: int) -> list[str]:
 
 
 def _caption(pictures: Pictures, number: int) -> str | None:
+    from sfumato.train.data.pictures import caption_in, line_of
+
     try:
         caption = caption_in(pictures.facts(number))
         if caption is None:
@@ -326,6 +341,8 @@ def _caption(pictures: Pictures, number: int) -> str | None:
 
 def _real(args: argparse.Namespace, pictures: Pictures, networks: Sequence[Network], folder: Path) -> dict[str, Tensor]:
     """Features of the real pictures, the first ones of the captions' order."""
+    from sfumato.evaluate.sweep import begin, gathered, shuffled_numbers
+
     numbers = shuffled_numbers(len(pictures), min(args.reference, len(pictures)), args.seed)
     looked = Looked(pictures, max(network.size for network in networks))
     run = {"data": Path(args.data).resolve().name, "pictures": len(pictures), "seed": args.seed, "batch": args.batch}
@@ -349,6 +366,10 @@ def _real(args: argparse.Namespace, pictures: Pictures, networks: Sequence[Netwo
 
 def tell_scores(args: argparse.Namespace) -> int:
     """Print how a predictor of aesthetics scores a set, and write it where asked."""
+    from sfumato.evaluate.sweep import write_json
+    from sfumato.train.data import open_pictures
+    from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures
+
     for name in ("data", "predictor", "clip"):
         if getattr(args, name) is None:
             raise ValueError(f"{name}: scores need --data, --predictor and --clip")

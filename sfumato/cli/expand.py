@@ -7,8 +7,6 @@ from pathlib import Path
 
 from sfumato.cli.compress import targets
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
-from sfumato.images import save_png
-from sfumato.tasks.latent_file import expand
 
 ENDING = "-expanded.png"  # never the name of the picture that was compressed
 
@@ -25,6 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import save_png
+    from sfumato.tasks.latent_file import expand
+
     paths = targets(args.files, args.outdir, ENDING, "file")
     pipeline = load(args, args.device, args.precision)
     for name, path in zip(args.files, paths, strict=True):

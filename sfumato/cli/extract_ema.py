@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
-from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
+from sfumato.cli.convert import add_source_flags, dtype_of, opened, save
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +15,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
+
     checkpoint = opened(args, use_ema=True)
     surplus, metadata = surplus_of(checkpoint)
     save(
         Path(args.out),
         checkpoint,
-        in_precision(parts_of(checkpoint), DTYPES.get(args.dtype)),
+        in_precision(parts_of(checkpoint), dtype_of(args.dtype)),
         marks_of(surplus),
         metadata,
     )

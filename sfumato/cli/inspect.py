@@ -6,14 +6,14 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.cli.loading import family_flag
-from sfumato.families.detect import other_kind
-from sfumato.weights.checkpoint import open_checkpoint
-from sfumato.weights.files import TensorFile, old_hash, open_tensors, sha256
 from sfumato.weights.hub import resolve
-from sfumato.weights.parts import Checkpoint
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.weights.files import TensorFile
+    from sfumato.weights.parts import Checkpoint
 
 SHOWN = 8  # names of a list, unless --all
 
@@ -32,6 +32,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; 0 where the checkpoint can be loaded, 1 where something is missing or unknown."""
+    from sfumato.families.detect import other_kind
+    from sfumato.weights.checkpoint import open_checkpoint
+    from sfumato.weights.files import old_hash, open_tensors, sha256
+
     path, family = resolve(args.ckpt), family_flag(args)
     facts: dict[str, Any] = {"path": str(path)}
     try:

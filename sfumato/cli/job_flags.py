@@ -13,19 +13,20 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfumato.diffusion.noise import SOURCES
-from sfumato.diffusion.samplers import SAMPLERS
-from sfumato.diffusion.schedule import SCHEDULES
-from sfumato.images import UPSCALERS
-from sfumato.images.fitting import FITS
+from sfumato.cli.names import (
+    FILLS,
+    FITS,
+    LATENT_UPSCALERS,
+    RANGES,
+    SAMPLERS,
+    SCHEDULES,
+    SOURCES,
+    UPSCALERS,
+    WEIGHTINGS,
+)
 from sfumato.prompts.choices import choose
 from sfumato.prompts.styles import Style, apply_styles, find_styles, read_styles
-from sfumato.prompts.weighting import WEIGHTINGS
-from sfumato.tasks.checks import LATENT_UPSCALERS, RANGES
-from sfumato.tasks.picture_checks import FILLS
-from sfumato.tasks.plot import field_kinds, read_numbers
 from sfumato.tasks.profiles import PROFILES
-from sfumato.tasks.scenes import seeds_of
 from sfumato.types import Control, Hires, Job
 
 
@@ -42,6 +43,7 @@ class Flag(NamedTuple):
     names: tuple[str, ...] = ()
 
 
+NUMBERS: Mapping[str, type] = {"int": int, "float": float}
 OWN = "the model's own"
 FIRST = "the first pass's"
 GROUPS: Mapping[str, Mapping[str, Flag]] = {
@@ -195,21 +197,27 @@ def flag_names(name: str) -> tuple[str, ...]:
     )
 
 
+def kind_of(name: str) -> str:
+    """The type of a Job's field as it is written, without None: "int" of int | None."""
+    owner = Hires if name.startswith("hires.") else Job
+    return str(owner.__dataclass_fields__[name.removeprefix("hires.")].type).removesuffix(" | None")
+
+
 def add_job_flags(
     parser: argparse.ArgumentParser, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> None:
     """Flags for the fields of a Job but those in `without`. One that is not given is None, or what `defaults` says."""
-    kinds, defaults = field_kinds(), defaults or {}
+    defaults = defaults or {}
     for title, flags in GROUPS.items():
         wanted = {name: flag for name, flag in flags.items() if name not in without}
         group = parser.add_argument_group(title, SUMMARIES.get(title)) if wanted else None
         for name, flag in wanted.items():
             assert group is not None
-            kind = kinds[name].type
-            more: dict[str, Any] = {"type": kind} if kind in (int, float) else {}
-            if kind is dict or name == "controls":
+            kind = kind_of(name)
+            more: dict[str, Any] = {"type": NUMBERS[kind]} if kind in NUMBERS else {}
+            if name in ("options", "controls"):
                 more["action"] = "append"
-            if kind is bool:
+            if kind == "bool":
                 more["action"] = "store_true"
             else:
                 more["metavar"] = flag.metavar
@@ -223,8 +231,7 @@ def help_of(name: str, flag: Flag, defaults: Mapping[str, Any]) -> str:
     """A flag's help text with what is allowed and the default."""
     own = getattr(Hires(), name[6:]) if name.startswith("hires.") else getattr(Job(), name)
     default = defaults.get(name, flag.unset or own)
-    known = RANGES.get(name)
-    allowed = flag.allowed or ("" if known is None else f"{known.low:g} to {known.high:g}")
+    allowed = flag.allowed or RANGES.get(name, "")
     if isinstance(default, bool):
         return flag.help
     usual = f"default: {default:g}" if isinstance(default, (int, float)) else f"default: {default}" if default else ""
@@ -262,7 +269,9 @@ def job_from_flags(args: argparse.Namespace, **own: Any) -> Job:
 
     ValueError where a flag does not fit another.
     """
-    given = {name: getattr(args, name, None) for name in field_kinds()} | own
+    from sfumato.tasks.plot import read_numbers
+
+    given = {name: getattr(args, name, None) for flags in GROUPS.values() for name in flags} | own
     fields = {name: value for name, value in given.items() if value is not None}
     if "freeu" in fields and isinstance(fields["freeu"], str):
         try:
@@ -339,6 +348,8 @@ class Texts:
 
     def jobs(self, job: Job) -> list[Job]:
         """The job with its texts as they will be drawn; where there are choices, a job of one picture for each."""
+        from sfumato.tasks.scenes import seeds_of
+
         job = _each_text(job, self._styled) if self.styles else job
         own = job.like is None or job.like.lower() == "sfumato"
         if not (own if self.choices is None else self.choices):

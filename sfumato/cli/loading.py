@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sfumato.families import FAMILIES, Family, find_family
-from sfumato.memory.allocator import keep_freed_memory
-from sfumato.pipeline import Memory, Pipeline, box_path
-from sfumato.weights.overrides import remember
+from sfumato.cli.names import FAMILIES
 from sfumato.weights.shelf import USUAL, VARIABLE
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Family
+    from sfumato.pipeline import Memory, Pipeline
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +43,23 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    add("--compile", action="store_true", help="compile the U-Net's blocks when they are first needed: a slow first "
+        "step, faster ones after it; needs a C++ compiler on a CPU, Triton on a GPU")  # fmt: skip
+    add("--graphs", action="store_true", help="on a CUDA card: repeat whole U-Net calls as CUDA graphs")
+    add("--weights", choices=["full", "int8", "fp8"], default="full", help="how the U-Net's weights are kept; with 8 "
+        "bits in half of the memory or less, slightly off, and LoRAs are refused (default: %(default)s)")  # fmt: skip
+
+
+def speed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What --compile, --graphs and --weights ask for; nothing for a command that has none of them."""
+    return {name: getattr(args, name) for name in ("compile", "graphs", "weights") if hasattr(args, name)}
 
 
 def family_flag(args: argparse.Namespace) -> Family | None:
     """The family that --family names; "auto" forgets what was remembered for the file."""
+    from sfumato.families import find_family
+    from sfumato.weights.overrides import remember
+
     if args.family is None:
         return None
     if args.family == "auto":
@@ -56,6 +71,8 @@ def family_flag(args: argparse.Namespace) -> Family | None:
 
 def memory_flag(args: argparse.Namespace) -> Memory | None:
     """What --vram asks for, for pictures of the size and count of the other flags."""
+    from sfumato.pipeline import Memory
+
     if args.vram is None:
         return None
     try:
@@ -85,11 +102,16 @@ def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeli
 
     The process keeps the memory that drawing frees: what is drawn next needs as much again.
     """
+    from sfumato.memory.allocator import keep_freed_memory
+    from sfumato.pipeline import Pipeline, box_path
+    from sfumato.weights.overrides import remember
+
     keep_freed_memory()
     family = family_flag(args)
     pipeline = Pipeline.from_pretrained(
         args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
         memory=memory_flag(args), adapters=args.adapters, fast=args.fast,
+        **speed_flags(args),
     )  # fmt: skip
     path = Path(args.ckpt or box_path())
     if family is not None and path.is_file():

@@ -6,20 +6,19 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from sfumato.cli.convert import DTYPES, save
-from sfumato.families import FAMILIES, Family, find_family
-from sfumato.weights.adapters.adapter import Adapter
-from sfumato.weights.adapters.extracting import Ranks, extract, merged, resized
-from sfumato.weights.adapters.reading import load_adapter, read_adapter
-from sfumato.weights.adapters.wearing import Worn
-from sfumato.weights.adapters.writing import LAYOUTS, save_adapter
-from sfumato.weights.checkpoint import open_checkpoint
+from sfumato.cli import names
+from sfumato.cli.convert import dtype_of, save
 from sfumato.weights.hub import resolve
-from sfumato.weights.parts import Checkpoint, shapes_of
-from sfumato.weights.writing import in_precision, parts_of, surplus_of
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Family
+    from sfumato.weights.adapters.adapter import Adapter
+    from sfumato.weights.adapters.wearing import Worn
+    from sfumato.weights.parts import Checkpoint
 
 TOLD = ("ss_output_name", "ss_sd_model_name", "ss_base_model_version", "ss_network_module", "ss_network_args",
         "ss_network_dim", "ss_network_alpha", "ss_steps", "ss_epoch", "ss_clip_skip", "modelspec.title")  # fmt: skip
@@ -47,7 +46,9 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 def _family_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", metavar="PATH", help="as on this checkpoint")
-    parser.add_argument("--family", metavar="NAME", help=f"as on this family (default: tried): {', '.join(FAMILIES)}")
+    parser.add_argument(
+        "--family", metavar="NAME", help=f"as on this family (default: tried): {', '.join(names.FAMILIES)}"
+    )
 
 
 def _merge_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="a new .safetensors file, or a new folder for the diffusers layout")
     add("--lora", metavar="FILE:S[:U]", action="append", required=True, help="an adapter and its strength (default: 1) "
         "or two, on text encoders and U-Net; may be given again, and the order is kept")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="store in this precision (default: the checkpoint's)")
+    add("--dtype", choices=names.PRECISIONS, help="store in this precision (default: the checkpoint's)")
 
 
 def _rank_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +65,8 @@ def _rank_flags(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=32, metavar="N", help="directions kept at most (default: %(default)s)")
     add("--conv-rank", type=int, metavar="N", help="of convolutions above 1 x 1 (default: --rank; 0: none of them)")
     add("--share", type=float, default=1.0, metavar="S", help="keep as few as hold this share of the energy, as 0.98")
-    add("--layout", choices=LAYOUTS, default="kohya", help="whose names to write (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="fp16", help="store in this precision (default: %(default)s)")
+    add("--layout", choices=names.LAYOUTS, default="kohya", help="whose names to write (default: %(default)s)")
+    add("--dtype", choices=names.PRECISIONS, default="fp16", help="store in this precision (default: %(default)s)")
 
 
 def _extract_flags(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +125,9 @@ def _tags(adapter: Adapter, most: int = 8) -> list[str]:
 
 def _opened_adapter(args: argparse.Namespace) -> tuple[Adapter, Family]:
     """The adapter with the family of --ckpt or --family, or else the first family that it fits best."""
+    from sfumato.families import FAMILIES, find_family
+    from sfumato.weights.adapters.reading import read_adapter
+
     if args.ckpt or args.family:
         family = _opened(args.ckpt, "ckpt").family if args.ckpt else find_family(args.family)
         return read_adapter(args.file, family), family
@@ -150,6 +154,8 @@ def _opened_adapter(args: argparse.Namespace) -> tuple[Adapter, Family]:
 
 
 def _opened(path: str, field: str) -> Checkpoint:
+    from sfumato.weights.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(resolve(path, field=field))
     if problems := checkpoint.problems():
         raise ValueError(f"{field}={path!r}: as {checkpoint.family.name}, {problems[0]}{checkpoint.hint}")
@@ -158,6 +164,9 @@ def _opened(path: str, field: str) -> Checkpoint:
 
 def worn_of(text: str, family: Family) -> Worn:
     """FILE, FILE:0.8 or FILE:0.8:0.6, as a worn adapter; ValueError where a strength is no number."""
+    from sfumato.weights.adapters.reading import load_adapter
+    from sfumato.weights.adapters.wearing import Worn
+
     path = text
     strengths: list[float] = []
     while not Path(path).exists() and ":" in path and len(strengths) < 2:
@@ -179,11 +188,14 @@ def _strength(text: str, whole: str) -> float:
 
 def merge(args: argparse.Namespace) -> int:
     """Write the checkpoint with the adapters' changes in it."""
+    from sfumato.weights.adapters.extracting import merged
+    from sfumato.weights.writing import in_precision, parts_of, surplus_of
+
     checkpoint = _opened(args.ckpt, "ckpt")
     worn = [worn_of(text, checkpoint.family) for text in args.lora]
     surplus, metadata = surplus_of(checkpoint)
     told = ", ".join(f"{each.adapter.name}:{each.text:g}:{each.unet:g}" for each in worn)
-    parts = in_precision(merged(parts_of(checkpoint), worn), DTYPES.get(args.dtype))
+    parts = in_precision(merged(parts_of(checkpoint), worn), dtype_of(args.dtype))
     header = {**metadata, "sfumato.family": checkpoint.family.to_json(), "sfumato.lora": told}
     save(Path(args.out), checkpoint, parts, surplus, header)
     return 0
@@ -191,6 +203,10 @@ def merge(args: argparse.Namespace) -> int:
 
 def take_out(args: argparse.Namespace) -> int:
     """Write the difference of two checkpoints as a LoRA."""
+    from sfumato.weights.adapters.extracting import Ranks, extract
+    from sfumato.weights.adapters.writing import save_adapter
+    from sfumato.weights.parts import shapes_of
+
     _new(args.out)
     tuned, base = _opened(args.tuned, "tuned"), _opened(args.base, "base")
     ranks = Ranks(args.rank, args.conv_rank, args.share)
@@ -199,19 +215,22 @@ def take_out(args: argparse.Namespace) -> int:
     with tqdm(total=total, desc="extracting", leave=False, disable=None) as bar:
         changes = extract(tuned, base, ranks, args.part, args.rest, bar.update)
     told = {"sfumato.extracted": f"{tuned.path.name} - {base.path.name}"}
-    save_adapter(args.out, changes, base.family, args.layout, told, DTYPES[args.dtype])
+    save_adapter(args.out, changes, base.family, args.layout, told, dtype_of(args.dtype))
     print(args.out)
     return 0
 
 
 def resize(args: argparse.Namespace) -> int:
     """Write an adapter at another rank."""
+    from sfumato.weights.adapters.extracting import Ranks, resized
+    from sfumato.weights.adapters.writing import save_adapter
+
     _new(args.out)
     adapter, family = _opened_adapter(args)
     changes = resized(adapter, family, Ranks(args.rank, args.conv_rank, args.share))
     told = {name: text for name, text in adapter.metadata.items() if name.startswith(("ss_", "modelspec."))}
     told = {name: text for name, text in told.items() if name not in ("ss_network_dim", "ss_network_alpha")}
-    save_adapter(args.out, changes, family, args.layout, told, DTYPES[args.dtype])
+    save_adapter(args.out, changes, family, args.layout, told, dtype_of(args.dtype))
     print(args.out)
     return 0
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sfumato.cli.convert import DTYPES, save
-from sfumato.weights.checkpoint import open_checkpoint
+from sfumato.cli.convert import dtype_of, save
+from sfumato.cli.names import PRECISIONS
 from sfumato.weights.hub import resolve
-from sfumato.weights.merging import add_difference, weighted_sum, with_autoencoder
-from sfumato.weights.parts import Checkpoint
-from sfumato.weights.writing import in_precision, parts_of
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.weights.parts import Checkpoint
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--share", type=float, default=0.5, metavar="S", help="B's share; outside 0 to 1 it exaggerates (default: 0.5)")
     add("--minus", metavar="C", help="add share (B - C) to A: what B learned over C")
     add("--vae", metavar="PATH", help="bake in the autoencoder of this file or folder")
-    add("--dtype", choices=DTYPES, help="store in this precision (default: A's)")
+    add("--dtype", choices=PRECISIONS, help="store in this precision (default: A's)")
 
 
 def _opened(path: str, vae: str | None = None) -> Checkpoint:
+    from sfumato.weights.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(resolve(path), vae=vae)
     if problems := checkpoint.problems():
         raise ValueError(f"ckpt={path!r}: as {checkpoint.family.name}, {problems[0]}")
@@ -35,6 +38,9 @@ def _opened(path: str, vae: str | None = None) -> Checkpoint:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.weights.merging import add_difference, weighted_sum, with_autoencoder
+    from sfumato.weights.writing import in_precision, parts_of
+
     if not math.isfinite(args.share) or abs(args.share) > 10:
         raise ValueError(f"share={args.share}: a number from -10 to 10 is needed")
     if args.other is None and args.vae is None:
@@ -49,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vae:
         parts = with_autoencoder(parts, _opened(args.ckpt, args.vae))
     merged_of = " + ".join(Path(path).name for path in (args.ckpt, args.other, args.minus, args.vae) if path)
-    save(
-        Path(args.out), a, in_precision(parts, DTYPES.get(args.dtype)), {}, {**_header(a), "sfumato.merged": merged_of}
-    )
+    save(Path(args.out), a, in_precision(parts, dtype_of(args.dtype)), {}, {**_header(a), "sfumato.merged": merged_of})
     return 0
 
 

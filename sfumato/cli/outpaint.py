@@ -7,13 +7,14 @@ import argparse
 from sfumato.cli import drawing
 from sfumato.cli.drawing import Style, run
 from sfumato.cli.job_flags import GROUPS
-from sfumato.tasks.picture_checks import SIDES
 from sfumato.types import Job
 
 __all__ = ["add_flags", "run"]
 
 
 def _check(job: Job) -> Job:
+    from sfumato.tasks.picture_checks import SIDES
+
     if not any(getattr(job, side) for side in SIDES):
         raise ValueError("left: say how much to put on with --left, --right, --up or --down PX")
     return job

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,13 +23,12 @@ from tqdm import tqdm
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags
-from sfumato.families import Model
-from sfumato.images import load_png, save_png
-from sfumato.pipeline import Pipeline
-from sfumato.tasks.checks import job_from_dict, job_to_dict
-from sfumato.tasks.pictures import Pictures
-from sfumato.tasks.plot import Cell, Plot, checked, final_size, plot_of
 from sfumato.tasks.sheet import Names, Sheet
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Model
+    from sfumato.pipeline import Pipeline
+    from sfumato.tasks.plot import Cell, Plot
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +62,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import save_png
+    from sfumato.tasks.pictures import Pictures
+    from sfumato.tasks.plot import checked, final_size, plot_of
+
     for name in ("columns", "together"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: 1 or more are needed")
@@ -144,6 +147,8 @@ def draw_group(
 
 def save_cells(folder: Path, sheet: np.ndarray, entries: Sequence[Entry], which: Iterable[int]) -> None:
     """Write cells as pictures of their own; numbers from 0, names from 1."""
+    from sfumato.images import save_png
+
     for at in which:
         left, top, right, bottom = entries[at]["box"]
         path = folder / f"cell-{at + 1:04}.png"
@@ -154,6 +159,8 @@ def save_cells(folder: Path, sheet: np.ndarray, entries: Sequence[Entry], which:
 def cell_recipe(entries: Sequence[Entry], at: int) -> dict[str, Any]:
     """The recipe of a cell as a picture of its own: with the jobs it was drawn together with, as sums in a network
     call depend a little on what else is in it."""
+    from sfumato.tasks.checks import job_from_dict, job_to_dict
+
     first, last = entries[at]["together"]
     if first == last:
         return entries[at]["recipe"]
@@ -163,6 +170,8 @@ def cell_recipe(entries: Sequence[Entry], at: int) -> dict[str, Any]:
 
 def read_plot(path: Path) -> tuple[np.ndarray, list[Entry]]:
     """The pixels and the cells of a saved plot; ValueError where it is none, or damaged."""
+    from sfumato.images import load_png
+
     pixels, made = load_png(path)
     if "plot" not in made:
         raise ValueError(f"picture={str(path)!r}: a picture, not a plot")
@@ -179,6 +188,8 @@ def read_plot(path: Path) -> tuple[np.ndarray, list[Entry]]:
 
 def _entry(entry: Any, shape: tuple[int, ...]) -> Entry:
     """A cell's entry, checked."""
+    from sfumato.tasks.checks import job_from_dict
+
     left, top, right, bottom = map(int, entry["box"])
     if not (0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]):
         raise ValueError(f"box={entry['box']}")

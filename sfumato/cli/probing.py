@@ -11,11 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sfumato import __version__
-from sfumato.evaluate.features import FEATURES, open_features
-from sfumato.evaluate.probe import Drawing, probed
-from sfumato.evaluate.probe_files import read_probe, table, write_answers
-from sfumato.evaluate.readers import reader_of
-from sfumato.pipeline import Pipeline, choose_device
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +26,12 @@ def add_probe_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_probe(args: argparse.Namespace, labels: dict[str, str | None]) -> int:
     """Draw a probe's prompts with each checkpoint, read them, write results.json, table.md and montage.png."""
+    from sfumato.evaluate.features import FEATURES, open_features
+    from sfumato.evaluate.probe import Drawing, probed
+    from sfumato.evaluate.probe_files import read_probe, table, write_answers
+    from sfumato.evaluate.readers import reader_of
+    from sfumato.pipeline import Pipeline, choose_device
+
     for name, wanted in (("prompts", "the file of prompts and attributes"), ("out", "where pictures and results go")):
         if getattr(args, name) is None:
             raise ValueError(f"{name}: say with --{name} {wanted}")

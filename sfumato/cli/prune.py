@@ -6,8 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from sfumato.cli.convert import DTYPES, add_source_flags, opened, save
-from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
+from sfumato.cli.convert import add_source_flags, dtype_of, opened, save
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +20,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.weights.writing import in_precision, marks_of, parts_of, surplus_of
+
     checkpoint = opened(args, args.ema)
     surplus, metadata = surplus_of(checkpoint)
     log.info("%d tensors left out", len(checkpoint.unused))
     save(
-        Path(args.out), checkpoint, in_precision(parts_of(checkpoint), DTYPES[args.dtype]), marks_of(surplus), metadata
+        Path(args.out),
+        checkpoint,
+        in_precision(parts_of(checkpoint), dtype_of(args.dtype)),
+        marks_of(surplus),
+        metadata,
     )
     return 0

@@ -7,23 +7,25 @@ import logging
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sfumato.cli.loading import add_model_flags, load
+from sfumato.cli import names
+from sfumato.cli.loading import add_model_flags, load, memory_flag, speed_flags
 from sfumato.cli.plot import cell_of
 from sfumato.cli.protecting import Protecting, add_protecting_flags, carried, redone
 from sfumato.cli.saving import draw_with_bar
-from sfumato.images import load_png, save_png
-from sfumato.pipeline import Pipeline, recipe
 from sfumato.safety.checking import prompts_of
-from sfumato.tasks.checks import job_from_dict
-from sfumato.tasks.pictures import PICTURES
 from sfumato.types import Job, Result
 
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.pipeline import Pipeline
+
 log = logging.getLogger(__name__)
+
+FACTS: dict[str, type] = {"family": str, "ema": bool, "variant": str, "vae": dict}  # of `Model.facts`
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("picture", metavar="FILE.png", help="a picture that sfumato saved")
     add("--cell", type=int, metavar="N", help="of a plot, the cell to draw: from 1, left to right, then down")
-    for name in PICTURES:
+    for name in names.PICTURES:
         add(f"--{name}", metavar="PATH", help=f"where its {name} is now (default: where it was)")
     add_model_flags(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the kind that drew it)")
@@ -53,14 +55,16 @@ class Recipe:
     place: int = 0  # of the job in them
     pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that the job names
     adapters: dict[str, str] = field(default_factory=dict)  # and of the files that its prompts and controls name
+    model_facts: dict[str, Any] = field(default_factory=dict)  # `Model.facts`
 
 
 def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
     """A recipe from a PNG's JSON; ValueError names the picture and what is wrong."""
+    from sfumato.tasks.checks import job_from_dict
 
     def part(owner: Any, name: str, kind: type[Any]) -> Any:
         value = owner.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({name}={value!r})")
         return value
 
@@ -80,7 +84,71 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
     pictures = {str(key): str(value) for key, value in part({"pictures": {}} | made, "pictures", dict).items()}
     adapters = {str(key): str(value) for key, value in part({"adapters": {}} | made, "adapters", dict).items()}
     precision = part(made, "precision", str)
-    return Recipe(job, index, name, digest, precision, made_with, tuple(jobs), place, pictures, adapters)
+    facts = {key: part(model, key, kind) for key, kind in FACTS.items() if key in model}
+    for key in ("name", "hash"):
+        part(facts.get("vae", {key: ""}), key, str)
+    return Recipe(job, index, name, digest, precision, made_with, tuple(jobs), place, pictures, adapters, facts)
+
+
+def as_drawn(args: argparse.Namespace, old: Recipe) -> argparse.Namespace:
+    """The flags, and where they say nothing, what the recipe says of how its model was read and drew.
+
+    ValueError where the autoencoder was another file's and none is given.
+    """
+    told = old.model_facts
+    if "vae" in told and args.vae is None:
+        raise ValueError(
+            f"vae=None: {args.picture!r} was drawn with the autoencoder {_named(told['vae'])}; name its file or folder "
+            "with --vae"
+        )
+    again = {
+        "family": args.family or told.get("family"),
+        "ema": args.ema or told.get("ema", False),
+        "variant": args.variant or told.get("variant"),
+        "fast": args.fast or old.made_with.get("fast") == "yes",
+        "compile": old.made_with.get("compiled") == "yes",
+        "weights": old.made_with.get("weights", "full"),
+    }
+    return argparse.Namespace(**vars(args) | again)
+
+
+def _named(vae: dict[str, str]) -> str:
+    return f"{vae['name']} ({vae['hash']})"
+
+
+def opened(args: argparse.Namespace, old: Recipe) -> Pipeline:
+    """The model that drew a picture. ValueError where the weights are others.
+
+    A family is remembered for the file only where a person names it now.
+    """
+    from sfumato.families import find_family
+    from sfumato.memory.allocator import keep_freed_memory
+    from sfumato.pipeline import Pipeline
+
+    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
+    flags, device = as_drawn(args, old), args.device or old.made_with.get("device")
+    if args.family is not None or flags.family is None:
+        pipeline = load(flags, device, precision)
+    else:
+        keep_freed_memory()
+        pipeline = Pipeline.from_pretrained(
+            flags.ckpt, device, precision, family=find_family(flags.family), use_ema=flags.ema, vae=flags.vae,
+            variant=flags.variant, memory=memory_flag(flags), adapters=flags.adapters, fast=flags.fast,
+            **speed_flags(flags),
+        )  # fmt: skip
+    model = pipeline.model
+    if model.hash != old.model_hash:
+        raise ValueError(
+            f"ckpt: {args.picture!r} was drawn by {old.model_name} ({old.model_hash}), this is {model.name} "
+            f"({model.hash}); name the right file with --ckpt"
+        )
+    wanted = old.model_facts.get("vae")
+    if wanted is not None and (given := model.facts["vae"])["hash"] != wanted["hash"]:
+        raise ValueError(
+            f"vae: {args.picture!r} was drawn with the autoencoder {_named(wanted)}, this is {_named(given)}; name the "
+            "right file with --vae"
+        )
+    return pipeline
 
 
 def draw(pipeline: Pipeline, old: Recipe) -> Result:
@@ -98,6 +166,9 @@ def draw(pipeline: Pipeline, old: Recipe) -> Result:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import load_png, save_png
+    from sfumato.tasks.pictures import PICTURES
+
     path = Path(args.picture)
     pixels, made = load_png(path) if args.cell is None else cell_of(path, args.cell)
     if "edit" in made:
@@ -107,14 +178,7 @@ def run(args: argparse.Namespace) -> int:
     old = read_recipe(path, made)
     protecting = Protecting(args)
     protecting.check_prompts(prompts_of(old.job))
-    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
-    pipeline = load(args, args.device or old.made_with.get("device"), precision)
-    model = pipeline.model
-    if model.hash != old.model_hash:
-        raise ValueError(
-            f"ckpt: {str(path)!r} was drawn by {old.model_name} ({old.model_hash}), this is {model.name} "
-            f"({model.hash}); name the right file with --ckpt"
-        )
+    pipeline = opened(args, old)
     moved = {name: getattr(args, name) for name in PICTURES if getattr(args, name) is not None}
     if moved:
         old = replace(old, job=replace(old.job, **moved), together=())
@@ -133,9 +197,12 @@ def run(args: argparse.Namespace) -> int:
         print("equal: every pixel")
         return 0
     print(f"different: {difference(again, pixels)}")
-    for name, now in result.made_with.items():
-        if old.made_with.get(name) != now:
-            print(f"made with {name} {old.made_with.get(name)}, now {now}")
+    for name in {**old.made_with, **result.made_with}:
+        if old.made_with.get(name) != result.made_with.get(name):
+            print(f"made with {name} {old.made_with.get(name)}, now {result.made_with.get(name)}")
+    for name in {**old.model_facts, **result.model_facts}:
+        if old.model_facts.get(name) != result.model_facts.get(name):
+            print(f"model read with {name} {old.model_facts.get(name)}, now {result.model_facts.get(name)}")
     return 1
 
 
@@ -143,6 +210,8 @@ def saved_again(
     result: Result, index: int, made: dict[str, Any], protecting: Protecting
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """A picture (H, W, 3) that was drawn again, and its recipe: treated and marked as the flags ask, else as it was."""
+    from sfumato.pipeline import recipe
+
     given = {"safety": protecting.policy != "off", "watermark": protecting.mark is not None}
     kept = {name: part for name, part in carried(made).items() if not given[name]}
     one = replace(result, images=redone(result.images[index], {"safety": kept.get("safety")})[None])

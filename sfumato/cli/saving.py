@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sfumato.images import save_png
-from sfumato.pipeline import Observe, Pipeline
 from sfumato.types import Job, Result
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.pipeline import Observe, Pipeline
 
 
 def _next_number(folder: Path, pattern: str) -> int:
@@ -54,6 +55,8 @@ class Saver:
         self._save((self.outdir / f"grid-{n:04}.png" for n in count(number)), image, None)
 
     def _save(self, names: Iterator[Path], image: np.ndarray, made: dict[str, Any] | None) -> Path:
+        from sfumato.images import save_png
+
         for path in names:
             try:
                 save_png(path, image, made, new=True)

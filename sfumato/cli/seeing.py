@@ -6,23 +6,20 @@ import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfumato.engine import Run
-from sfumato.families import Model
-from sfumato.families.conditioning import Word
-from sfumato.images import save_png
-from sfumato.images.fitting import fitted
-from sfumato.images.heat import heated
-from sfumato.images.moving import FORMATS, save_moving, strip
-from sfumato.tasks.checks import complete
-from sfumato.tasks.observing import Film, Where, places_of
-from sfumato.tasks.pictures import Pictures
-from sfumato.tasks.previews import KINDS, previewer
-from sfumato.tasks.scenes import Scene
+from sfumato.cli.names import FORMATS, PREVIEWS
 from sfumato.types import Job, Result
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.engine import Run
+    from sfumato.families import Model
+    from sfumato.families.conditioning import Word
+    from sfumato.tasks.observing import Film, Where
+    from sfumato.tasks.pictures import Pictures
+    from sfumato.tasks.scenes import Scene
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +31,7 @@ def add_seeing_flags(parser: argparse.ArgumentParser) -> None:
     """--film, --preview and --where."""
     add = parser.add_argument_group("seeing inside", "saved beside each picture, under its name").add_argument
     add("--film", choices=FILMS, help="the way from noise to picture: a strip (png), or moving (gif, webp)")
-    add("--preview", choices=KINDS, default="linear",
+    add("--preview", choices=PREVIEWS, default="linear",
         help="films of latents as colours, by a tiny decoder, or the model's own (default: %(default)s)")  # fmt: skip
     add("--preview-decoder", metavar="FILE", help="the tiny decoder, such as taesd_decoder.safetensors")
     add("--where", action="append", default=[], metavar="WORD",
@@ -48,6 +45,8 @@ class Seeing:
     """
 
     def __init__(self, args: argparse.Namespace, model: Model, embeddings: Mapping[str, Word] | None = None) -> None:
+        from sfumato.tasks.previews import previewer
+
         self.embeddings = embeddings
         self.model, self.words, self.kind = model, list(args.where), args.film
         self._preview = previewer(args.preview, model, args.preview_decoder) if args.film else None
@@ -56,6 +55,9 @@ class Seeing:
 
     def check(self, job: Job, pictures: Pictures) -> None:
         """ValueError where a job cannot be looked into."""
+        from sfumato.tasks.checks import complete
+        from sfumato.tasks.observing import places_of
+
         if self.kind and (job.tile is not None or job.upscale is not None):
             raise ValueError(f"film={self.kind!r}: what is drawn in tiles has no film")
         if self.words and job.upscale is not None:
@@ -65,6 +67,8 @@ class Seeing:
 
     def begin(self) -> Any:
         """What is to be shown the runs of the next job; None where nothing is to be seen."""
+        from sfumato.tasks.observing import Film, Where
+
         self._film = None if self._preview is None else Film(self._preview)
         self._where = Where(self.model) if self.words else None
         observers = [observer for observer in (self._film, self._where) if observer is not None]
@@ -77,6 +81,11 @@ class Seeing:
 
     def save(self, result: Result, index: int, path: Path) -> None:
         """Write what was seen of picture `index`, saved at `path`, beside it; prints each path."""
+        from sfumato.images import save_png
+        from sfumato.images.fitting import fitted
+        from sfumato.images.heat import heated
+        from sfumato.tasks.observing import places_of
+
         image = result.images[index]
         if self._film is not None:
             self._save_film([*self._film.frames(index), image], path)
@@ -93,6 +102,10 @@ class Seeing:
             print(beside, flush=True)
 
     def _save_film(self, frames: list[np.ndarray], path: Path) -> None:
+        from sfumato.images import save_png
+        from sfumato.images.fitting import fitted
+        from sfumato.images.moving import save_moving, strip
+
         height, width = frames[-1].shape[:2]
         frames = [fitted(frame, width, height, "stretch", "bicubic") for frame in frames]
         beside = path.with_name(f"{path.stem}-film.{self.kind}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.cli import drawing
 from sfumato.cli.drawing import Style, run
 from sfumato.cli.job_flags import GROUPS
-from sfumato.families import Family
-from sfumato.images import UPSCALERS
-from sfumato.tasks.upscale import X4
 from sfumato.types import Job
-from sfumato.weights.upscalers import INSTALL, packaged_upscalers
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Family
 
 __all__ = ["add_flags", "run"]
 
@@ -22,6 +22,9 @@ FACTOR, STRENGTH = 2.0, 0.3  # of A1111's "SD upscale", and what is usually reco
 
 def _check(job: Job) -> Job:
     """A job that draws over what is enlarged where a prompt says what it is. ValueError for an unknown upscaler."""
+    from sfumato.images import UPSCALERS
+    from sfumato.weights.upscalers import INSTALL, packaged_upscalers
+
     name = job.upscaler
     if name is not None and name not in UPSCALERS and not Path(name).expanduser().exists():
         packaged = packaged_upscalers()
@@ -33,6 +36,8 @@ def _check(job: Job) -> Job:
 
 def _suited(job: Job, family: Family) -> Job:
     """A job that enlarges, if it does not say how much: as much as a model does that can do nothing else."""
+    from sfumato.tasks.upscale import X4
+
     return job if job.upscale is not None else replace(job, upscale=X4 if family.concat == "lowres" else FACTOR)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sfumato.images import load_png
 from sfumato.safety.provenance import load_public, verify
 
 
@@ -18,6 +17,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    from sfumato.images import load_png
+
     wanted = None if args.key is None else load_public(args.key)
     report = verify(*load_png(Path(args.picture)))
     if report.by is None:

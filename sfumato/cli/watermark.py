@@ -11,11 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.images import RECIPE_KEY, read_picture, save_png
-from sfumato.images.files import written_beside
 from sfumato.safety.marks import METHODS, TEXT, Mark, found, marked
 from sfumato.safety.provenance import NAME
-from sfumato.tasks.canvas import flat
 
 QUALITY = 95  # of JPEG and WebP that are written
 
@@ -44,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
 def run_write(args: argparse.Namespace) -> int:
     """`sfumato watermark write`."""
+    from sfumato.images import read_picture, save_png
+    from sfumato.images.files import written_beside
+    from sfumato.tasks.canvas import flat
+
     source, out, mark = Path(args.picture), Path(args.out), Mark(args.text, args.method)
     kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     if out.suffix.lower() not in kinds:
@@ -60,6 +61,9 @@ def run_write(args: argparse.Namespace) -> int:
 
 def run_read(args: argparse.Namespace) -> int:
     """`sfumato watermark read`; 1 where there is no mark."""
+    from sfumato.images import read_picture
+    from sfumato.tasks.canvas import flat
+
     mark = found(flat(read_picture(Path(args.picture), "picture")), args.method, args.length)
     if mark is None:
         return 1
@@ -69,6 +73,8 @@ def run_read(args: argparse.Namespace) -> int:
 
 def _recipe_of(path: Path) -> dict[str, object] | None:
     """The recipe of a picture of ours, less its signature, which a mark breaks; None where there is none to read."""
+    from sfumato.images import RECIPE_KEY
+
     with Image.open(path) as picture:
         picture.load()
         text = getattr(picture, "text", {}).get(RECIPE_KEY)

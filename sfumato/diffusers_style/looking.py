@@ -7,7 +7,8 @@ Letters: B pictures, H W pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from sfumato.images import to_uint8
+from sfumato.safety.concepts import FILES, open_concepts
 from sfumato.weights.towers import prepared
 
 log = logging.getLogger(__name__)
+
+OWN = object()  # as a safety_checker: the folder's own
 
 SIDE = 224  # px, of the pictures that the published checker's network takes
 
@@ -30,6 +34,19 @@ def check_checker(checker: Any) -> Any:
             "function of (images, clip_input) is needed"
         )
     return checker
+
+
+def own_checker(path: Path, index: Mapping[str, Any]) -> Any:
+    """The checker that a diffusers folder's `index`, model_index.json, names; None where it names none.
+
+    Where its weights are not in the folder a warning says that nothing looks. ValueError where they are no checker's.
+    """
+    if index.get("safety_checker") in (None, [None, None]):
+        return None
+    if not any((path / "safety_checker" / name).is_file() for name in FILES):
+        log.warning("%s names a safety checker whose weights are not there: pictures are not looked at", path.name)
+        return None
+    return open_concepts(path / "safety_checker")
 
 
 def looked_at(checker: Any, images: Tensor) -> tuple[Tensor, list[bool]]:

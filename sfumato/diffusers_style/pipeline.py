@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.diffusers_style.arguments import LOADING_IGNORED, in_their_names, refuse, refuse_unknown, sized, texts_of
-from sfumato.diffusers_style.looking import check_checker, looked_at
+from sfumato.diffusers_style.looking import OWN, check_checker, looked_at, own_checker
 from sfumato.diffusers_style.noise import BatchNoise, Generators, Share
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.engine import Run
@@ -62,11 +62,12 @@ class StableDiffusionPipeline:
     """A loaded model that is called as diffusers' pipeline of this name is; `pipeline` is ours behind it.
 
     The same generator gives the same starting noise, and PNDM, DDIM, Euler, Heun and LMS visit the same levels, so the
-    pictures are those of diffusers. Pictures are looked at where a `safety_checker` is given, also later, as
-    `pipe.safety_checker = ...`; flagged ones come back black. One call at a time.
+    pictures are those of diffusers. Pictures are looked at where the folder has a `safety_checker` or one is given,
+    also later, as `pipe.safety_checker = ...`; flagged ones come back black. One call at a time.
     """
 
     _SIZES: ClassVar[tuple[str, ...]] = ()
+    _CHECKED: ClassVar[bool] = True  # whether folders of it may have a checker of their own
 
     def __init__(
         self, pipeline: Pipeline, scheduler: object = None, config: Mapping[str, Any] | None = None,
@@ -98,16 +99,17 @@ class StableDiffusionPipeline:
         use_auth_token: str | bool | None = None,
         vae: str | Path | None = None,
         scheduler: object = None,
-        safety_checker: Any = None,
+        safety_checker: Any = OWN,
         **more: Any,
     ) -> StableDiffusionPipeline:
         """Load a file, a folder, a model of the hub, or the model in the box where no name is given, on the CPU.
 
-        `torch_dtype` None is float32; `vae` is a file, folder or hub name; `scheduler` as in `scheduler_of`. A folder's
-        own `safety_checker` is not loaded unless given, as `open_checker(None, path)` of sfumato.safety.choosing.
+        `torch_dtype` None is float32; `vae` is a file, folder or hub name; `scheduler` as in `scheduler_of`. As in
+        diffusers, a folder's own `safety_checker` is loaded, None turns it off; XL has none, nor has a single file.
         """
         refuse_unknown((name for name in more if name not in LOADING_IGNORED), cls.from_pretrained)
-        check_checker(safety_checker)
+        if safety_checker is not OWN:
+            check_checker(safety_checker)
         names = {dtype: name for name, dtype in PRECISIONS.items()}
         dtype = torch.float32 if torch_dtype is None else torch_dtype
         if dtype not in names:
@@ -116,6 +118,8 @@ class StableDiffusionPipeline:
         path = box_path() if name is None else resolve(name, revision, variant, use_auth_token or token)
         pipeline = Pipeline.from_pretrained(path, "cpu", names[dtype], vae=vae, variant=variant)
         configs = read_configs(path) if path.is_dir() else {}
+        if safety_checker is OWN:
+            safety_checker = own_checker(path, configs.get("model_index.json", {})) if cls._CHECKED else None
         return cls(pipeline, scheduler, configs.get("scheduler/scheduler_config.json"), safety_checker)
 
     from_single_file = from_pretrained
@@ -383,6 +387,7 @@ class StableDiffusionPipeline:
 class StableDiffusionXLPipeline(StableDiffusionPipeline):
     """The same with the defaults of XL, and its sizes (height, width) and crop (top, left) in pixels as arguments."""
 
+    _CHECKED = False
     _SIZES = ("original_size", "crops_coords_top_left", "target_size")
 
     def __call__(

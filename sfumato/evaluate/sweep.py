@@ -207,7 +207,7 @@ def drawn_features(
     """
     run = {"model": pipeline.model.hash, "guidance": guidance, "steps": sweep.steps, "sampler": sweep.sampler,
            "seed": sweep.seed, "batch": sweep.batch}  # fmt: skip
-    run |= {"fast": True} if pipeline.fast else {}
+    run |= {"fast": True, **pipeline.ways} if pipeline.fast else pipeline.ways
     begin(folder, run, networks, resize)
 
     def make(numbers: range) -> list[np.ndarray]:

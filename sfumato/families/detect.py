@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.families import FAMILIES
 from sfumato.families.family import Family
 
+ASKED = "as asked"  # the ground where a person named the family
 UNET = "model.diffusion_model."
 FIRST_CONV = f"{UNET}input_blocks.0.0.weight"
 V_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from sfumato.models.unet import UNet
 class Model:
     """A family's loaded networks; `name` is the file's, `dtype` is what the networks compute in.
 
-    `hasher` reads the file's hash when it is first asked for: a large file takes seconds.
+    `hasher` reads the file's hash when it is first asked for: a large file takes seconds; `reader` tells the facts.
     """
 
     family: Family
@@ -32,11 +33,18 @@ class Model:
     dtype: torch.dtype
     name: str
     hasher: Callable[[], str]
+    reader: Callable[[], dict[str, Any]] = dict
 
     @cached_property
     def hash(self) -> str:
         """The first ten digits of the file's SHA-256, as A1111 writes them into pictures."""
         return self.hasher()
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """How the file was read where a person asked for it: "family", "ema", "variant", and of the file that the
+        autoencoder is from instead "vae", its "name" and "hash"."""
+        return self.reader()
 
     @property
     def precision(self) -> str:

@@ -1,4 +1,4 @@
-"""Memory on a device: a plan that fits a picture into it, said beforehand, and moving networks on and off."""
+"""Memory on a device: a plan that fits a picture into it, moving networks on and off, and files' pages handed back."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from sfumato.families import Family, Model
 from sfumato.memory.estimate import Kernels, decoder_bytes, network_numbers, unet_bytes
 from sfumato.memory.moving import Offload, offload
 from sfumato.models.layers import slice_attention
+from sfumato.models.quantised import largest, saved_bytes
+from sfumato.models.unet import UNet
 
 GIB = 2**30
 MAX_ROWS = 32  # of a U-Net call, as the engine's own bound
@@ -72,6 +75,7 @@ class _Setting:
     tile: int | None
     offload: bool
     query_rows: int | None
+    kept: str = "full"  # how the U-Net's weights are
 
     @property
     def kernels(self) -> Kernels:
@@ -79,7 +83,8 @@ class _Setting:
 
     def unet(self, rows: int) -> int:
         h, w = (side // self.family.autoencoder.factor for side in (self.height, self.width))
-        return unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels)
+        number = 0 if self.kept == "full" else coded(self.family)[1] * (4 + self.dtype.itemsize)  # as one layer works
+        return unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels) + number
 
     def decoder(self, pictures: int) -> int:
         """With the finished pictures in float32, and those in work twice, as they are blended and converted."""
@@ -88,10 +93,17 @@ class _Setting:
         taken = decoder_bytes(config, h, w, pictures, self.dtype, self.kernels)
         return taken + 4 * config.image_channels * (self.count + 2 * pictures) * self.width * self.height
 
+    def held(self, name: str | None = None) -> int:
+        """Bytes of a network's weights; None: of all."""
+        numbers = sum(self.numbers.values()) if name is None else self.numbers[name]
+        if self.kept == "full" or name not in (None, "unet"):
+            return numbers * self.dtype.itemsize
+        saved, _ = coded(self.family)
+        return numbers * self.dtype.itemsize - saved[self.dtype.itemsize]
+
     def stage(self, name: str, activations: int) -> int:
         """All that is on the device while the network `name` works."""
-        numbers = self.numbers[name] if self.offload else sum(self.numbers.values())
-        return numbers * self.dtype.itemsize + activations + self.kernels.workspace
+        return self.held(name if self.offload else None) + activations + self.kernels.workspace
 
     def plan(self, budget: int) -> Plan:
         """With the most rows and pictures at once that fit, or one of each."""
@@ -102,7 +114,7 @@ class _Setting:
         max_pictures = _most(pictures, lambda number: self.stage("decoder", self.decoder(number)), budget)
         unet, decoder = self.unet(max_rows), self.decoder(max_pictures)
         stages = dict.fromkeys(self.numbers, 0) | {"unet": unet, "decoder": decoder}
-        numbers = max(self.numbers.values()) if self.offload else sum(self.numbers.values())
+        weights = max(self.held(name) for name in self.numbers) if self.offload else self.held()
         return Plan(
             budget=budget,
             dtype=self.dtype,
@@ -111,7 +123,7 @@ class _Setting:
             attention_slice=self.query_rows,
             tile=self.tile,
             offload=self.offload,
-            weights=numbers * self.dtype.itemsize,
+            weights=weights,
             unet=unet,
             decoder=decoder,
             estimate=max(self.stage(name, activations) for name, activations in stages.items()),
@@ -123,8 +135,22 @@ def _most(numbers: list[int], takes: Callable[[int], int], budget: int) -> int:
     return next((number for number in numbers if takes(number) <= budget), numbers[-1])
 
 
+@cache
+def coded(family: Family) -> tuple[Mapping[int, int], int]:
+    """What 8 bits a weight save of the U-Net, by the bytes of a number, and the numbers of its largest such weight."""
+    with torch.device("meta"):
+        network = UNet(family.unet)
+    return {dtype.itemsize: saved_bytes(network, dtype) for dtype in SHORT}, largest(network)
+
+
 def _settings(
-    family: Family, width: int, height: int, count: int, device: torch.device, dtype: torch.dtype | None
+    family: Family,
+    width: int,
+    height: int,
+    count: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kept: str,
 ) -> Iterator[_Setting]:
     """From the plainest to the thriftiest; what is named last changes first."""
     cpu, factor = device.type == "cpu", family.autoencoder.factor
@@ -135,7 +161,7 @@ def _settings(
     moves = (False,) if cpu else (False, True)
     numbers = network_numbers(family)
     for kind, tile, moved, rows in product(dtypes, tiles, moves, SLICES):
-        yield _Setting(family, width, height, count, device, numbers, kind, tile, moved, rows)
+        yield _Setting(family, width, height, count, device, numbers, kind, tile, moved, rows, kept)
 
 
 def plan(
@@ -146,13 +172,15 @@ def plan(
     budget: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    kept: str = "full",
 ) -> Plan:
     """The least thrifty plan for `count` pictures of width x height px whose estimate is within `budget` bytes.
 
     First goes what changes nothing but time: fewer rows a call and pictures a decode, slices, moving networks. Then
-    tiles; where `dtype` is None, a CPU's last is bfloat16. ValueError with the least estimate where none fits.
+    tiles; where `dtype` is None, a CPU's last is bfloat16. `kept` is how the U-Net's weights are: full, int8, fp8.
+    ValueError with the least estimate where none fits.
     """
-    settings = list(_settings(family, width, height, count, device, dtype))
+    settings = list(_settings(family, width, height, count, device, dtype, kept))
     for setting in settings:
         found = setting.plan(budget)
         if found.estimate <= budget:

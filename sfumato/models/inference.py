@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sfumato.models.winograd import BAND, Room, columns, convolve, transform
+from sfumato.models.room import Room
+from sfumato.models.winograd import BAND, columns, convolve, transform
 
 CONTEXTS = 4  # kept at once: of a network's calls, those for a prompt and for what it is guided from may take turns
 
@@ -136,6 +137,10 @@ class Store(Room):
     def forget_texts(self) -> None:
         """Drop the texts with their keys and values: for the end of a drawing, which the next one seldom shares."""
         self._contexts: list[_Context] = []
+
+    def empty(self) -> None:
+        """Give up the memory for what layers need for a moment; they take it again, in new pages, when they work."""
+        self._held.clear()
 
     @property
     def num_bytes(self) -> int:

@@ -176,7 +176,8 @@ class Conv2d(nn.Conv2d):
 
     def _quickly(self, x: Tensor, room: Store) -> Tensor:
         if self.kernel_size == (1, 1):
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            flat = self.weight.permute(0, 2, 3, 1).flatten(1)  # so that its gradient, too, lies channels last
+            return F.linear(x.permute(0, 2, 3, 1), flat, self.bias).permute(0, 3, 1, 2)
         if may_be_kept(x):
             quick = room.convolution(x, self.weight, self.bias, self.stride[0])
             return super().forward(x) if quick is None else quick

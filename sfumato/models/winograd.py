@@ -7,18 +7,17 @@ Letters: B batch, C channels in, O channels out, T tiles of m x m results, n = (
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sfumato.models.room import Room
 
 # Lavin & Gray 2016, section 4: of tiles (B^T), of filters (G), of results (A^T).
 _TILES = {
@@ -51,10 +50,10 @@ _RESULTS = {
 # What a training step's forward and backward pass cost on one AVX2 core, fitted to measurements (docs/performance.md):
 # milliseconds for 1e9 products, 1e6 numbers of the weight that is multiplied with, 1e6 numbers of the maps that are.
 _COSTS = {
-    "direct": (68.7, 5.0, 2.6),
+    "direct": (64.0, 5.0, 2.6),
     "columns": (66.2, 1.6, 3.5),
-    "winograd2": (81.5, 3.3, 3.3),
-    "winograd4": (78.0, 4.3, 3.6),
+    "winograd2": (81.5, 3.3, 5.0),
+    "winograd4": (70.0, 4.3, 7.0),
 }
 
 BAND = 16 * 2**20  # bytes of a piece: the C library keeps blocks below 32 MiB, larger ones are new pages every time
@@ -93,44 +92,6 @@ def fastest(shape: tuple[int, ...], out_channels: int, stride: int) -> str:
     return min(sizes, key=cost)
 
 
-class Room:
-    """Memory for what a convolution needs for a moment, kept from one to the next: new pages are slow.
-
-    For one thread at a time. A few times BAND bytes, a map with zeros around it, and weights' gradients.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-        self._free: dict[int, list[np.ndarray]] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A float32 tensor of this shape, its numbers left over; it is good until the name is taken again."""
-        numbers = math.prod(shape)
-        held = self._held.get(name)
-        if held is None or held.numel() < numbers:
-            with torch.inference_mode(False):
-                held = self._held[name] = torch.empty(numbers)
-        return held[:numbers].view(shape)
-
-    def lend(self, *shape: int) -> Tensor:
-        """A float32 tensor of this shape for as long as anybody holds it or a view of it; then its memory comes back.
-
-        Gradients are freed and asked for in every step, and are as large every time.
-        """
-        free = self._free.setdefault(math.prod(shape), [])
-        memory = free.pop() if free else np.empty(math.prod(shape), np.float32)
-        lent = memory[:]  # the tensor holds this view, and nobody else does
-        weakref.finalize(lent, free.append, memory).atexit = False
-        with torch.inference_mode(False):
-            return torch.from_numpy(lent).view(shape)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Room:
-        return Room()
-
-    def __reduce__(self) -> tuple[type[Room], tuple[Any, ...]]:
-        return Room, ()
-
-
 def _each(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """matrix (a, b) times each of x (N, b, C): (N, a, C)."""
     return torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x, out=out)
@@ -139,6 +100,15 @@ def _each(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 def _windows(x: Tensor, size: int, stride: int) -> Tensor:
     """The windows of x (B, h, w, C), channels nearest: a view (B, rows, columns, size, size, C)."""
     return x.unfold(1, size, stride).unfold(2, size, stride).permute(0, 1, 2, 4, 5, 3)
+
+
+def _into_zeros(out: Tensor, x: Tensor) -> Tensor:
+    """x (B, C, h, w) into out (B, H, W, C) from its second row and column on; 0 is what lies around it."""
+    down, across = slice(1, 1 + x.shape[2]), slice(1, 1 + x.shape[3])
+    for rest in (out[:, :1], out[:, down.stop :], out[:, down, :1], out[:, down, across.stop :]):
+        rest.zero_()
+    out[:, down, across] = x.permute(0, 2, 3, 1)
+    return out
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -172,8 +142,7 @@ class _Grid:
     def padded(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) with a cell of zeros around it and what the last tiles lack: (B, R m + 2, . m + 2, C)."""
         out = self.room.take("padded", self.batch, self.rows * self.m + 2, self.columns * self.m + 2, self.channels)
-        out.zero_()[:, 1 : 1 + self.height, 1 : 1 + self.width] = x.permute(0, 2, 3, 1)
-        return out
+        return _into_zeros(out, x)
 
     def bands(self, channels: int) -> Iterator[tuple[slice, slice]]:
         """Pictures and rows of tiles whose n numbers a channel are about BAND bytes."""
@@ -195,12 +164,12 @@ class _Grid:
         room = self.room.take("weight", weight.shape[0], self.n, self.channels)
         return _each(_matrices(self.m)[1], _flat(weight), room)
 
-    def ordered(self, padded: Tensor, pictures: slice, rows: slice) -> Tensor:
+    def ordered(self, padded: Tensor, pictures: slice, rows: slice, out: Tensor | None = None) -> Tensor:
         """The band's transformed tiles, (n, T, C): `tiles` in the order in which products take them."""
         windows = _windows(padded[pictures, rows.start * self.m : rows.stop * self.m + 2], self.m + 2, self.m)
         windows = windows.permute(3, 4, 0, 1, 2, 5)
         gathered = self.room.take("gathered", *windows.shape).copy_(windows).view(self.n, -1)
-        tiles = self.room.take("tiles", *gathered.shape)
+        tiles = self.room.take("tiles", *gathered.shape) if out is None else out.view(gathered.shape)
         return torch.mm(_matrices(self.m)[0], gathered, out=tiles).view(self.n, -1, self.channels)
 
     def fill(self, out: Tensor, tiles: Tensor, transformed: Tensor, bias: Tensor | None) -> None:
@@ -260,11 +229,18 @@ def transform(weight: Tensor, m: int) -> Tensor:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, m: int, room: Room, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    m: int,
+    room: Room,
+    transformed: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """F(m x m, 3 x 3) of x (B, C, h, w), a cell of zeros around it: (B, O, h, w), without gradients.
 
-    With what `transform` gives of the weight that work is spared.
+    With what `transform` gives of the weight that work is spared. Into `kept` (n, T, C), where all of it is one band,
+    go the transformed tiles.
     """
     grid = _grid(x, m, room)
     parts = list(_parts(weight, grid.n)) if transformed is None else [slice(0, weight.shape[0])]
@@ -273,7 +249,7 @@ def convolve(
     out = x.new_empty(grid.batch, grid.rows, m, grid.columns, m, weight.shape[0])
     padded = grid.padded(x)
     for pictures, rows in grid.bands(max(weight.shape[:2])):
-        tiles = grid.ordered(padded, pictures, rows)
+        tiles = grid.ordered(padded, pictures, rows, kept)
         for part in parts:
             of_part = None if bias is None else bias[part]
             ready = grid.transformed(weight[part]).permute(1, 2, 0) if transformed is None else transformed
@@ -289,35 +265,43 @@ def columns(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, room: R
 
 
 class Winograd(torch.autograd.Function):
-    """F(m x m, 3 x 3) with its gradients. Keeps x and the weight; what is transformed, is transformed again."""
+    """F(m x m, 3 x 3) with its gradients. Keeps the weight and, of maps whose tiles are one band, those; else x.
+
+    What else was transformed, is transformed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, m: int, room: Room) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.m, ctx.room = m, room
-        return convolve(x, weight, bias, m, room)
+        ctx.grid = grid = _grid(x, m, room)
+        whole = ctx.needs_input_grad[1] and len(list(grid.bands(max(weight.shape[:2])))) == 1
+        tiles = room.lend(grid.n, grid.batch * grid.rows * grid.columns, grid.channels) if whole else None
+        ctx.save_for_backward(weight, tiles if whole else x)
+        ctx.whole = whole
+        return convolve(x, weight, bias, m, room, kept=tiles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (x, weight), m = ctx.saved_tensors, ctx.m
+        (weight, kept), grid = ctx.saved_tensors, ctx.grid
         wants_x, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
-        grid = _grid(x, m, ctx.room)
+        m = grid.m
         grad = grad.permute(0, 2, 3, 1)
         short = (0, 0, 0, grid.columns * m - grid.width, 0, grid.rows * m - grid.height)
         whole = F.pad(grad, short) if any(short) else grad
         by_tile = whole.unflatten(1, (grid.rows, m)).unflatten(3, (grid.columns, m))
-        padded = grid.padded(x) if wants_weight else None
+        padded = grid.padded(kept) if wants_weight and not ctx.whole else None
         back = None
         if wants_x:
-            back = grid.room.take("back", grid.batch, grid.rows + 1, m, grid.columns + 1, m, grid.channels).zero_()
+            back = grid.room.take("back", grid.batch, grid.rows + 1, m, grid.columns + 1, m, grid.channels)
         of_weight: Tensor | None = None
         for pictures, rows in grid.bands(max(weight.shape[:2])):
             products = grid.of_products(by_tile[pictures, rows])
             if back is not None:
-                _spread(back[pictures, rows.start : rows.stop + 1], grid.of_tiles(products, weight), m)
-            if padded is not None:
-                of_weight = _of_weight(grid, products, grid.tiles(padded, pictures, rows), weight, of_weight)
+                tiles = grid.of_tiles(products, weight)
+                _spread(back[pictures, rows.start : rows.stop + 1], tiles, m, first=rows.start == 0)
+            if wants_weight:
+                tiles = kept if padded is None else grid.tiles(padded, pictures, rows).transpose(0, 1)
+                of_weight = _of_weight(grid, products, tiles, weight, of_weight)
         of_x = None
         if back is not None:
             flat = back.view(grid.batch, (grid.rows + 1) * m, (grid.columns + 1) * m, grid.channels)
@@ -329,11 +313,11 @@ class Winograd(torch.autograd.Function):
 
 
 def _of_weight(grid: _Grid, products: Tensor, tiles: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
-    """The gradient (O, 9, C) of the weight, added to that `before`: products' gradient (n, T, O), tiles (T, n, C)."""
+    """The gradient (O, 9, C) of the weight, added to that `before`: products' gradient (n, T, O), tiles (n, T, C)."""
     out = grid.room.lend(weight.shape[0], 9, grid.channels) if before is None else before
     for part in _parts(weight, grid.n):
         of_part = grid.room.take("weight", grid.n, part.stop - part.start, grid.channels)
-        torch.bmm(products[..., part].transpose(1, 2), tiles.transpose(0, 1), out=of_part)
+        torch.bmm(products[..., part].transpose(1, 2), tiles, out=of_part)
         if before is None:
             _each(_matrices(grid.m)[1].t(), of_part.transpose(0, 1), out[part])
         else:
@@ -341,11 +325,19 @@ def _of_weight(grid: _Grid, products: Tensor, tiles: Tensor, weight: Tensor, bef
     return out
 
 
-def _spread(back: Tensor, tiles: Tensor, m: int) -> None:
-    """Add tiles (T, n, C), which overlap by two cells, to the map back (B, R + 1, m, columns + 1, m, C)."""
+def _spread(back: Tensor, tiles: Tensor, m: int, first: bool) -> None:
+    """Tiles (T, n, C), which overlap by two cells, into the rows of a map, back (B, R + 1, m, columns + 1, m, C).
+
+    In the first of those rows the tiles above have left two cells each, unless they are the `first`; what else was
+    there is written over.
+    """
     batch, rows, _, columns, _, channels = back.shape
     tiles = tiles.view(batch, rows - 1, columns - 1, m + 2, m + 2, channels).permute(0, 1, 3, 2, 4, 5)
-    back[:, :-1, :, :-1] += tiles[:, :, :m, :, :m]
+    begin = 0 if first else 1
+    back[:, begin:-1, :, -1:].zero_()
+    back[:, -1:].zero_()
+    back[:, begin:-1, :, :-1] = tiles[:, begin:, :m, :, :m]
+    back[:, :begin, :, :-1] += tiles[:, :begin, :m, :, :m]
     back[:, 1:, :2, :-1] += tiles[:, :, m:, :, :m]
     back[:, :-1, :, 1:, :2] += tiles[:, :, :m, :, m:]
     back[:, 1:, :2, 1:, :2] += tiles[:, :, m:, :, m:]
@@ -354,8 +346,7 @@ def _spread(back: Tensor, tiles: Tensor, m: int) -> None:
 def _cells(x: Tensor, stride: int, room: Room) -> Tensor:
     """The nine cells that each result of x (B, C, h, w) is made of: (B, rows, columns, 3, 3, C)."""
     padded = room.take("padded", x.shape[0], x.shape[2] + 2, x.shape[3] + 2, x.shape[1])
-    padded.zero_()[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
-    windows = _windows(padded, 3, stride)
+    windows = _windows(_into_zeros(padded, x), 3, stride)
     return room.take("gathered", *windows.shape).copy_(windows)
 
 

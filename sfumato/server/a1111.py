@@ -39,6 +39,7 @@ from sfumato.weights.upscalers import packaged_upscalers
 
 router = APIRouter(prefix="/sdapi/v1", responses=failures(ForeignFailure))
 SCALE = 4  # what a list of upscalers says of those that have no scale of their own
+UPSCALING = 3 * 4 * 64 * (SCALE * 320) ** 2  # bytes: three maps of a tile's 64 channels, enlarged, in float32
 
 
 class OnePicture(BaseModel):
@@ -333,5 +334,5 @@ def _enlarged(asked: Extra, desk: Desk, user: User) -> str:
         raise ValueError(f"upscaling_resize={factor:g}: more than 0, 16 at most, and {most} pixels in the end")
     size = max(1, round(width * factor)), max(1, round(height * factor))
     studio = desk.pipeline.studio(Pictures())
-    found = desk.service.between(lambda: studio.enlarged(picture.pixels[None], *size, upscaler)[0])
+    found = desk.service.beside(lambda: studio.enlarged(picture.pixels[None], *size, upscaler)[0], UPSCALING)
     return base64.b64encode(png_of(found)).decode("ascii")

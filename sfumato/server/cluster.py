@@ -27,6 +27,7 @@ UNFINISHED = "unfinished"  # jobs that wait or are drawn, as every replica tells
 JOBS_OF_A_REPLICA = 16  # unfinished ones for which one more replica is worth while
 MAX_REQUESTS = 1000  # of a replica at once: most wait for a job, and cost nothing
 DOWN_AFTER = 120.0  # s with less to do before a replica ends
+BEGINNING = 240.0  # s beyond the minute that Serve gives its proxies: they take so long on a busy machine
 ENDING = 30.0  # s beyond its grace in which a replica has ended
 ADDRESS = "RAY_ADDRESS"
 SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -189,6 +190,19 @@ def check_room(serve: Any, host: str, port: int) -> None:
         )
 
 
+def listen(serve: Any, host: str, port: int) -> None:
+    """Have Serve listen, where it does not yet. TimeoutError where its proxies do not begin."""
+    try:
+        serve.start(http_options={"host": host, "port": port})
+    except TimeoutError:  # it goes on beginning
+        log.warning("Serve's proxies have not begun within a minute; waiting")
+        end = time.monotonic() + BEGINNING
+        while not (states := serve.status().proxies) or any(state != "HEALTHY" for state in states.values()):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 @contextmanager
 def replicas(
     ray: Any,
@@ -207,7 +221,7 @@ def replicas(
     serve = serve_library()
     check_room(serve, host, port)
     reserved = resources_of(ray, scale.most, device)[1]
-    serve.start(http_options={"host": host, "port": port})
+    listen(serve, host, port)
     application = deployment_of(serve, make, scale, reserved, grace).bind()
     try:
         serve.run(application, name=NAME, route_prefix="/")
@@ -268,8 +282,10 @@ def run(
             _listen()  # Ray has set a handler of its own
             with replicas(ray, is_own, make, scale, host, port, device, grace):
                 threading.Event().wait()
-    except _Told:
-        log.info("ended")
+    except (_Told, SystemError) as error:
+        if not isinstance(error, _Told) and not isinstance(error.__cause__, _Told):
+            raise
+        log.info("ended")  # a SystemError is what Ray makes of it in the middle of its own C++
     finally:
         _forget()
 

@@ -72,18 +72,23 @@ def hint_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def check_hint_memory(name: str, size: tuple[int, int], device: torch.device, field: str) -> None:
-    """ValueError with the estimate where an annotator has a network that has no room for (width, height) px.
+def hint_bytes(size: tuple[int, int]) -> int:
+    """What the network of an annotator takes for (width, height) px: the most is at HED's first scale.
 
-    The most is taken at HED's first scale: a convolution's input, its result, and what is made of that, in float32.
+    A convolution's input, its result, and what is made of that, in float32.
     """
+    return round(3 * 4 * HEDConfig().widths[0] * size[0] * size[1] * SLACK)
+
+
+def check_hint_memory(name: str, size: tuple[int, int], device: torch.device, field: str) -> None:
+    """ValueError with the estimate where an annotator has a network that has no room for (width, height) px."""
     if find_annotator(name).network is None:
         return
     try:
         free = free_memory(device)
     except ValueError:  # the system does not say
         return
-    taken = round(3 * 4 * HEDConfig().widths[0] * size[0] * size[1] * SLACK)
+    taken = hint_bytes(size)
     if taken > free:
         raise ValueError(
             f"{field}: {name} of {size[0]} x {size[1]} px needs about {taken / GIB:.1f} GiB, {free / GIB:.1f} are free"
@@ -93,16 +98,20 @@ def check_hint_memory(name: str, size: tuple[int, int], device: torch.device, fi
 def hint_of(service: Service, pixels: np.ndarray, name: str, options: Mapping[str, float], side: int) -> np.ndarray:
     """The hint (H, W, 3) uint8 of a picture whose shorter side is made `side` px first.
 
-    Annotators with a network are run by the service, between two steps. ValueError as of annotate, or where there is
-    no memory for one.
+    Annotators with a network work beside the service's drawing. ValueError as of annotate, or where there is no memory
+    for one.
     """
-    width, height = hint_size((pixels.shape[1], pixels.shape[0]), side)
-    extras = service.pipeline.extras
+    width, height = size = hint_size((pixels.shape[1], pixels.shape[0]), side)
+    pipeline = service.pipeline
     if find_annotator(name).network is None:
         return annotate(fitted(pixels, width, height, "stretch"), name, None, **options)
-    check_hint_memory(name, (width, height), service.pipeline.model.device, "image")
     control = Control(annotate=name, options=dict(options), resize="stretch")
-    hint = service.between(lambda: extras.hint(control, pixels, width, height))
+
+    def made() -> torch.Tensor:
+        check_hint_memory(name, size, pipeline.model.device, "image")
+        return pipeline.extras.hint(control, pixels, width, height)
+
+    hint = service.beside(made, hint_bytes(size))
     return np.ascontiguousarray((hint[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 

@@ -89,6 +89,7 @@ class Service:
         self.preview = linear(family) if preview is None and linear_map(family) else preview
         self.turns = 0
         self.broken: Exception | None = None
+        self._beside = threading.Lock()
         self._lines: dict[str, _Line] = {}
         self._group: tuple[Hashable, int] | None = None  # whose turn it is, and since which turn
         self._last: dict[Hashable, int] = {}  # the last turn of each group
@@ -143,6 +144,18 @@ class Service:
             self._acts.append((done, future))
             self._changed.notify()
         return future.result()
+
+    def beside(self, act: Callable[[], T], taken: int) -> T:
+        """Do something with networks that no job draws with, in the caller's thread, one at a time; drawing goes on.
+
+        Where its `taken` bytes are more of the free memory than a step leaves, it is done between two steps instead.
+        """
+        with self._beside:
+            try:
+                room = (1 - SHARE) * free_memory(self.pipeline.model.device)
+            except ValueError:  # the system does not say
+                room = float("inf")
+            return act() if taken <= room else self.between(act)
 
     @property
     def alive(self) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sfumato.engine import Run, is_out_of_memory
 from sfumato.memory.estimate import Kernels, unet_bytes
-from sfumato.pipeline import Bar, Pipeline
+from sfumato.pipeline import Pipeline
 from sfumato.server.ticket import DONE, RUNNING, Ticket
 from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.scenes import Drawn, Scene, Task, runs_of, size_of
 from sfumato.tasks.telling import networks_of
+from sfumato.tasks.together import Bar
 from sfumato.types import Answer, Query
 
 log = logging.getLogger(__name__)

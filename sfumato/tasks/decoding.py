@@ -1,7 +1,8 @@
 """Final latents -> pictures: unscaled, a few at a time, in tiles where asked; what overflows is decoded again.
 
 Half precision may overflow in a decoder: then that one picture is decoded in a wider number format, so that nobody gets
-a black picture. Weights are widened for that decode alone. Letters: B batch, H W pixels, h w latent size.
+a black picture. Weights are widened for that decode alone. On a CPU the other networks' pages make way for a large
+decode. Letters: B batch, H W pixels, h w latent size.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from torch import Tensor, nn
 
 from sfumato.families import Model
 from sfumato.images import to_uint8
+from sfumato.memory.estimate import Kernels, decoder_bytes
+from sfumato.memory.pages import hand_back
 from sfumato.models import tiling
 from sfumato.models.autoencoder import Autoencoder
+from sfumato.models.inference import Store
 
 log = logging.getLogger(__name__)
+
+LARGE = 256 * 2**20  # bytes of a decode; such a one takes seconds on a CPU, and to map 1 GB of weights again 0.1
 
 
 @torch.inference_mode()
@@ -33,12 +39,13 @@ def decode(latents: Tensor, last_sigma: float, model: Model, max_pictures: int =
     z = latents.float() * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
     factor = model.autoencoder.config.factor
     images = z.new_empty(len(z), model.autoencoder.config.image_channels, z.shape[2] * factor, z.shape[3] * factor)
-    for start in range(0, len(z), max_pictures):
-        part = z[start : start + max_pictures]
-        decoded = _decode(model.autoencoder, part, model.dtype, tile)
-        for index in (~finite(decoded)).nonzero().flatten().tolist():
-            decoded[index] = _decode_wider(model, part[index : index + 1], start + index, tile)[0]
-        images[start : start + max_pictures] = decoded
+    with _room_for(z[:max_pictures], model, tile):
+        for start in range(0, len(z), max_pictures):
+            part = z[start : start + max_pictures]
+            decoded = _decode(model.autoencoder, part, model.dtype, tile)
+            for index in (~finite(decoded)).nonzero().flatten().tolist():
+                decoded[index] = _decode_wider(model, part[index : index + 1], start + index, tile)[0]
+            images[start : start + max_pictures] = decoded
     return images
 
 
@@ -53,15 +60,47 @@ def decode_pixels(
     z = latents.float() * (1 + last_sigma**2) ** -0.5 / model.family.latent_scale
     factor = model.autoencoder.config.factor
     pictures = np.empty((len(z), z.shape[2] * factor, z.shape[3] * factor, 3), dtype=np.uint8)
-    for index in range(len(z)):
-        part, top = z[index : index + 1].to(model.dtype, memory_format=torch.channels_last), 0
-        for band in tiling.decode_bands(model.autoencoder, part, tile):
-            if not band.isfinite().all():  # in a wider format all of it, so that it is of one make
-                pictures[index] = to_uint8(_decode_wider(model, z[index : index + 1], index, tile))[0]
-                break
-            pictures[index, top : top + band.shape[2]] = to_uint8(band)[0]
-            top += band.shape[2]
+    with _room_for(z[:1], model, tile):
+        for index in range(len(z)):
+            part, top = z[index : index + 1].to(model.dtype, memory_format=torch.channels_last), 0
+            for band in tiling.decode_bands(model.autoencoder, part, tile):
+                if not band.isfinite().all():  # in a wider format all of it, so that it is of one make
+                    pictures[index] = to_uint8(_decode_wider(model, z[index : index + 1], index, tile))[0]
+                    break
+                pictures[index, top : top + band.shape[2]] = to_uint8(band)[0]
+                top += band.shape[2]
     return pictures
+
+
+@contextmanager
+def _room_for(z: Tensor, model: Model, tile: int | None) -> Iterator[None]:
+    """Inside, what other networks have in memory and can have again is gone, where z (B, C, h, w) takes much of it.
+
+    Weights that are as in their file, and what hastened layers work with; after it the decoder's working memory goes
+    too. On a CPU alone, where all networks share one memory.
+    """
+    config = model.autoencoder.config
+    cells = [side if tile is None else min(side, tile // config.factor) for side in z.shape[2:]]
+    kernels = Kernels(model.device)
+    cpu = model.device.type == "cpu"
+    if not cpu or decoder_bytes(config, cells[0], cells[1], len(z), model.dtype, kernels) < LARGE:
+        yield
+        return
+    others = [network for network in model.networks.values() if network is not model.autoencoder]
+    hand_back(others)
+    for store in _stores(*others):
+        store.empty()
+    try:
+        yield
+    finally:
+        for store in _stores(model.autoencoder):
+            store.empty()
+
+
+def _stores(*networks: nn.Module) -> set[Store]:
+    """What hastened layers of the networks work in."""
+    rooms = (getattr(module, "room", None) for network in networks for module in network.modules())
+    return {room for room in rooms if isinstance(room, Store)}
 
 
 def finite(x: Tensor) -> Tensor:

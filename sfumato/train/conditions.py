@@ -5,7 +5,7 @@ Knows no adapter and no file. Letters: B pictures, L tokens, D width, E width of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +43,15 @@ def check_trainable(model: Model) -> None:
         )
 
 
-def text_states(model: Model, captions: Sequence[str]) -> Texts:
+def text_states(model: Model, captions: Sequence[str], words: Sequence[Mapping[str, Tensor]] = ()) -> Texts:
     """What all text encoders say of plain captions, cut after one chunk. Gradients reach them.
 
-    Where the family's empty negative prompt is zeros, so are empty captions, as those that are dropped.
+    `words` are the vectors (n, D) of new words by name, for each text encoder. Where the family's empty negative prompt
+    is zeros, so are empty captions, as those that are dropped.
     """
-    towers = zip(model.family.texts, model.texts, model.tokenizers, strict=True)
-    found = [encode_pooled(tower, text, tokenizer, captions, {}) for tower, text, tokenizer in towers]
+    new = words or [{}] * len(model.texts)
+    towers = zip(model.family.texts, model.texts, model.tokenizers, new, strict=True)
+    found = [encode_pooled(tower, text, tokenizer, captions, each) for tower, text, tokenizer, each in towers]
     context = torch.cat([states for states, _ in found], dim=-1)
     pooled = found[-1][1] if model.family.unet.vector_dim is not None else None
     if model.family.zero_empty_negative:
@@ -100,18 +102,28 @@ def predicting(model: Model) -> Predict:
 
 
 def objective_of(
-    model: Model, network: nn.Module, predict: Predict, config: DiffusionConfig, train_text: bool = False
+    model: Model,
+    network: nn.Module,
+    predict: Predict,
+    config: DiffusionConfig,
+    train_text: bool = False,
+    states: Callable[[list[str]], Texts] | None = None,
 ) -> DiffusionObjective:
-    """The model's own loss for what is in `network`; gradients reach the text encoders only with `train_text`."""
+    """The model's own loss for what is in `network`; gradients reach the text encoders only with `train_text`.
+
+    `states` is what they say instead of `text_states`, asked anew each time.
+    """
     check_trainable(model)
     family = model.family
 
-    def states(captions: list[str]) -> Texts:
+    def usual(captions: list[str]) -> Texts:
         return text_states(model, captions)
 
     denoiser = Denoiser[Told](predict, NoiseSchedule(family.schedule), family.prediction)
-    context = states if train_text else frozen(states)
-    return DiffusionObjective(network, denoiser, context, family.latent_scale, config, tell=telling(model))
+    context = states or (usual if train_text else frozen(usual))
+    objective = DiffusionObjective(network, denoiser, context, family.latent_scale, config, tell=telling(model))
+    objective.partial = train_text  # a text encoder's last layers may be left out, or its pooled vector
+    return objective
 
 
 def rest(model: Model) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,14 +175,19 @@ def beside_consistency(
     """An objective for `fit` whose student is the model with deltas on, its teacher the model without.
 
     The deltas stay until the second's `detach`; the U-Net's convolutions are hastened. ValueError as in `new_lora`, and
-    where text encoders would change.
+    where text encoders would change or `solver_steps` are too many: the model is then as it was.
     """
     if lora.train_text:
         raise ValueError("train_text=True: a student reads texts as its teacher does")
-    made = new_lora(model, lora, generator)
-    hasten(model.unet)
-    inner = objective_of(model, made.network, predicting(model), PLAIN)
-    return ConsistencyObjective(inner, inner.denoiser, config, lambda: off(made.beside)), made
+    with ExitStack() as undone:
+        made = new_lora(model, lora, generator)
+        undone.callback(made.detach)
+        hasten(model.unet)
+        undone.callback(hasten, model.unet, on=False)
+        inner = objective_of(model, made.network, predicting(model), PLAIN)
+        objective = ConsistencyObjective(inner, inner.denoiser, config, lambda: off(made.beside))
+        undone.pop_all()  # from here on who called takes them off
+    return objective, made
 
 
 def whole_consistency(model: Model, config: ConsistencyConfig) -> ConsistencyObjective:
@@ -207,10 +212,12 @@ def distil(
     config: ConsistencyConfig,
     lora: LoRAConfig | None = LCM_LORA,
     watched: Watched | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Train, and return the result: an adapter, or a whole checkpoint without `lora`; `name`.safetensors in `folder`.
 
-    The run in the folder goes on where it stopped; ValueError where it is another's.
+    `dtype` is what an adapter is written in, None as it is trained; a checkpoint is in float32. The run in the folder
+    goes on where it stopped; ValueError where it is another's.
     """
     path = folder / f"{name}.safetensors"
     told: dict[str, Any] = {"trainer": "consistency", **asdict(config), "lora": None if lora is None else asdict(lora)}
@@ -223,7 +230,7 @@ def distil(
 
     def save(state: State) -> None:
         facts = kohya_facts(made, state, loop, PLAIN, name) | {"sfumato.consistency": json.dumps(asdict(config))}
-        save_adapter(path, lora_result(made, state), model.family, metadata=facts)
+        save_adapter(path, lora_result(made, state), model.family, metadata=facts, dtype=dtype)
 
     try:
         state = fit(objective, examples, loop, folder, save, samples)

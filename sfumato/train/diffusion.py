@@ -151,6 +151,7 @@ class DiffusionObjective:
         self.config = config
         self.alignment = alignment
         self.tell = tell
+        self.partial = False  # see loop.py's Objective
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean error, and the alignment's term where there is one; figures are unweighted."""

@@ -158,11 +158,14 @@ class LossModule(nn.Module):
         return self._loss(batch, generator)
 
 
-def spread(trained: nn.Module, loss: Loss, ranks: Ranks, shard: bool, block: int = SHARD_BLOCK) -> nn.Module:
+def spread(
+    trained: nn.Module, loss: Loss, ranks: Ranks, shard: bool, block: int = SHARD_BLOCK, partial: bool = False
+) -> nn.Module:
     """A module whose forward pass is `loss`, and whose backward pass averages gradients over the ranks.
 
     With `shard` every parameter of `trained` becomes a part of itself: gathered for its block's forward and backward
     pass, gradients scattered (FSDP2; Zhao et al. 2023). Blocks are members of lists with `block` parameters or more.
+    `partial`: some parameters may get no gradient, as those of text layers that a pipeline leaves out.
     """
     module = LossModule(trained, loss)
     if shard:
@@ -172,7 +175,7 @@ def spread(trained: nn.Module, loss: Loss, ranks: Ranks, shard: bool, block: int
             fully_shard(member, mesh=mesh, ignored_params=whole)
         fully_shard(module, mesh=mesh, ignored_params=whole)
         return module
-    return DistributedDataParallel(module) if ranks.count > 1 else module
+    return DistributedDataParallel(module, find_unused_parameters=partial) if ranks.count > 1 else module
 
 
 def _blocks(network: nn.Module, block: int, listed: bool = False) -> Iterator[nn.Module]:

@@ -19,12 +19,14 @@ from sfumato.families import Model
 from sfumato.images import save_png
 from sfumato.pipeline import Pipeline, recipe
 from sfumato.train.diffusion import FramedBatch
+from sfumato.train.distributed import Ranks
 from sfumato.train.samples import resting
 from sfumato.train.views import Encoded, joined
 from sfumato.types import Job
 
 log = logging.getLogger(__name__)
 
+ALONE = Ranks()
 CLASS = "class"  # the folder, in the run's own, of the pictures that are drawn
 
 
@@ -47,19 +49,25 @@ class PriorConfig:
 
 def draw_class(
     model: Model, config: PriorConfig, folder: Path, count: int, size: int, seed: int = 0, batch: int = 4,
-    steps: int | None = None,
+    steps: int | None = None, ranks: Ranks = ALONE,
 ) -> list[Path]:  # fmt: skip
     """Draw the first `count` pictures of the class, `size` px square, from seed + 1, seed + 2, ...; returns all files.
 
     Those that are there stay: called again, it goes on. The model's own guidance and sampler; `steps` None: its own.
+    Each of the `ranks` draws its share.
     """
     paths = [folder / f"{index:05}.png" for index in range(count)]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    own = range(ranks.rank, count, ranks.count)
+    missing = [index for index in own if not paths[index].exists()]
     folder.mkdir(parents=True, exist_ok=True)
     if missing:
-        log.info("%d of %d pictures of the class are drawn: %r", len(missing), count, config.prompt)
+        log.info("%d of %d pictures of the class are drawn: %r", len(missing), len(own), config.prompt)
     pipeline = Pipeline(model)
-    with resting(model.networks.values()), tqdm(total=len(missing), desc="class", unit="picture", disable=None) as bar:
+    hidden = None if ranks.first else True
+    with (
+        resting(model.networks.values()),
+        tqdm(total=len(missing), desc="class", unit="picture", disable=hidden) as bar,
+    ):
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             jobs = [Job(config.prompt, width=size, height=size, steps=steps, seed=seed + 1 + index) for index in part]

@@ -13,9 +13,9 @@ from torch import Tensor
 from sfumato.families import Model
 from sfumato.models.hypernetwork import Hypernetwork, HypernetworkConfig, worn
 from sfumato.models.transformer import CrossAttention
+from sfumato.train.conditions import Told, check_trainable, objective_of, predicting, rest
 from sfumato.train.data import LatentBatch
-from sfumato.train.diffusion import DiffusionConfig, frozen
-from sfumato.train.inversion import objective_of, states, told_by
+from sfumato.train.diffusion import DiffusionConfig
 from sfumato.train.state import State
 from sfumato.weights.hypernetworks import HypernetworkFile
 
@@ -25,14 +25,14 @@ class HypernetworkObjective:
 
     def __init__(self, model: Model, network: Hypernetwork, name: str, diffusion: DiffusionConfig) -> None:
         self.model, self.network, self.name = model, network, name
-        told = told_by(model)
+        plain = predicting(model)
 
-        def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, told: Told) -> Tensor:
             with worn(model.unet, [(network, 1.0)]):
-                return told(x, t, context)
+                return plain(x, t, told)
 
-        context = frozen(lambda captions: states(model, captions))
-        self._inner = objective_of(model, network, predict, context, diffusion)
+        self._inner = objective_of(model, network, predict, diffusion)
+        self.partial = not set(network.config.widths) <= _widths(model)  # of loop.py's Objective
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean error. Captions' states that lie with cached latents are used, but not for XL: they lack a part."""
@@ -52,13 +52,20 @@ def new_hypernetwork(
     Without `config` it has A1111's shape for all widths that the U-Net's attentions have. ValueError where the model's
     U-Net sees more than text, or no attention of it has one of the widths.
     """
-    there = {part.context_dim for part in model.unet.modules() if isinstance(part, CrossAttention)}
+    check_trainable(model)
+    rest(model)
+    there = _widths(model)
     config = config or HypernetworkConfig(widths=tuple(sorted(there)))
     if not there & set(config.widths):
         raise ValueError(f"widths={config.widths}: this U-Net has {', '.join(map(str, sorted(there)))}")
     network = Hypernetwork(config)
     network.initialise(generator)
     return HypernetworkObjective(model, network.to(model.device), name, diffusion or DiffusionConfig())
+
+
+def _widths(model: Model) -> set[int]:
+    """The widths that the U-Net's attentions have."""
+    return {part.context_dim for part in model.unet.modules() if isinstance(part, CrossAttention)}
 
 
 def hypernetwork_result(objective: HypernetworkObjective, state: State) -> HypernetworkFile:

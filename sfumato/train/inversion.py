@@ -1,24 +1,22 @@
 """Textual inversion: a new word of a frozen model is learned from a few pictures (Gal et al. 2022).
 
-Only the word's vectors get gradients, through the frozen U-Net and the frozen text encoders. Also holds what a frozen
-model is told in training, for hypernetwork.py. Letters: B pictures, n vectors, L tokens, D width.
+Only the word's vectors get gradients, through the frozen U-Net and the frozen text encoders. Letters: n vectors, D
+width.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
-from sfumato.families.conditioning import encode_pooled, size_vector
+from sfumato.train.conditions import check_trainable, objective_of, predicting, rest, text_states
 from sfumato.train.data import LatentBatch
-from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective
+from sfumato.train.diffusion import DiffusionConfig, Texts
 from sfumato.train.state import State
 from sfumato.weights.embeddings import Embedding
 
@@ -37,9 +35,6 @@ STYLE = (
     "a colourful work in the style of {name}", "a dark work in the style of {name}", "an early work by {name}",
 )  # fmt: skip
 TEMPLATES = {"subject": SUBJECT, "style": STYLE}
-AESTHETIC = 6.0  # what XL's refiner is told of pictures where nothing is known, its own default
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class InversionObjective:
 
     def __init__(self, model: Model, config: InversionConfig, network: Words, diffusion: DiffusionConfig) -> None:
         self.model, self.config, self.network = model, config, network
-        self._inner = objective_of(model, network, told_by(model), self._states, diffusion)
+        self._inner = objective_of(model, network, predicting(model), diffusion, states=self._states)
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean error; the vectors' mean length is a figure beside it."""
@@ -100,8 +95,8 @@ class InversionObjective:
             found.append(f"{prompt}, {caption}" if wanted and caption.strip() else prompt)
         return found
 
-    def _states(self, captions: list[str]) -> Tensor:
-        return states(self.model, captions, [{self.config.name: each} for each in self.network.vectors])
+    def _states(self, captions: list[str]) -> Texts:
+        return text_states(self.model, captions, [{self.config.name: each} for each in self.network.vectors])
 
 
 def new_inversion(
@@ -112,6 +107,8 @@ def new_inversion(
     Without `diffusion` no caption is dropped: the word is in every prompt. ValueError where the model's U-Net sees more
     than text, where `initial` has no tokens, or where there are more vectors than a chunk of a prompt holds.
     """
+    check_trainable(model)
+    rest(model)
     vectors = []
     for tower, text, tokenizer in zip(model.family.texts, model.texts, model.tokenizers, strict=True):
         ids = tokenizer.encode(config.initial)
@@ -132,60 +129,3 @@ def inversion_result(objective: InversionObjective, state: State) -> Embedding:
     with state.averaged():
         vectors = tuple(each.detach().float().cpu().clone() for each in objective.network.vectors)
     return Embedding(objective.config.name, vectors, state.step, model.name, model.hash or None)
-
-
-# --- what a frozen model is told in training
-
-
-def objective_of(
-    model: Model,
-    network: nn.Module,
-    predict: Predict,
-    context: Callable[[list[str]], Tensor],
-    config: DiffusionConfig,
-) -> DiffusionObjective:
-    """The model's own loss, of which gradients reach `network` alone."""
-    family = model.family
-    if family.concat is not None or family.unet.num_classes is not None:
-        raise ValueError(
-            f"ckpt: {model.name!r} ({family.name}): its U-Net sees more than a text; only others are trained"
-        )
-    for rests in model.networks.values():
-        rests.eval().requires_grad_(False)
-    denoiser = Denoiser[Tensor](predict, NoiseSchedule(family.schedule), family.prediction)
-    return DiffusionObjective(network, denoiser, context, family.latent_scale, config)
-
-
-def states(model: Model, captions: Sequence[str], vectors: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
-    """Plain captions -> what `told_by` reads: (B, L, D), and for models with a pooled vector one row more, padded.
-
-    `vectors` are those of new words by name, for each text encoder.
-    """
-    words = vectors or [{} for _ in model.texts]
-    towers = zip(model.family.texts, model.texts, model.tokenizers, words, strict=True)
-    found, pooled = zip(
-        *(encode_pooled(tower, text, tokenizer, captions, new) for tower, text, tokenizer, new in towers), strict=True
-    )
-    context = torch.cat(found, dim=-1)
-    if model.family.unet.vector_dim is None:
-        return context
-    last = pooled[-1]
-    row = nn.functional.pad(last, (0, context.shape[-1] - last.shape[-1]))
-    return torch.cat([context, row[:, None]], dim=1)
-
-
-def told_by(model: Model) -> Predict:
-    """The U-Net as (x, t, what `states` gives) -> prediction. XL is told that pictures are as large as they are."""
-    family, unet = model.family, model.unet
-    pooled = family.texts[-1].config.projection
-
-    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if family.unet.vector_dim is None:
-            return unet(x, t, context)
-        size = tuple(family.autoencoder.factor * length for length in x.shape[2:])
-        sizes = {"original": size, "crop": (0, 0), "target": size, "aesthetic": (AESTHETIC,)}
-        numbers = size_vector(family.size_cond, sizes, family.size_dim).to(context)
-        vector = torch.cat([context[:, -1, :pooled], numbers.expand(len(x), -1)], dim=1)
-        return unet(x, t, context[:, :-1], vector)
-
-    return predict

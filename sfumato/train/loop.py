@@ -42,7 +42,7 @@ class Objective(Protocol):
 
     The generator is on the CPU. An objective may also have `critic` (a network or None) with `critic_loss(batch,
     generator)`, called after the network's backward pass and trained by an optimiser of its own; and
-    `begin_step(step)`, called before the losses of each step.
+    `begin_step(step)`, called before the losses of each step; and `partial`, whether parameters may get no gradient.
     """
 
     @property
@@ -172,7 +172,7 @@ class _Run:
         if config.compile:
             for module in (network, *network.children()):
                 module.compile()
-        loss = spread(network, objective.loss, ranks, config.shard)
+        loss = spread(network, objective.loss, ranks, config.shard, partial=getattr(objective, "partial", False))
         critic_loss = None if critic is None else spread(critic.train(), objective.critic_loss, ranks, shard=False)
         state = State(network, config, critic, averaged=ranks.first or config.shard)
         part_rates(state.optimizer, state.trained.parameters, config)

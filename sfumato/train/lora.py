@@ -105,7 +105,7 @@ class LoRAObjective:
     ) -> None:
         self.model, self.config, self.beside = model, config, dict(beside)
         self.network: nn.Module = inner.network
-        self.loss = inner.loss
+        self.loss, self.partial = inner.loss, inner.partial
 
     def detach(self) -> None:
         """Take the deltas off: the model is as it was."""

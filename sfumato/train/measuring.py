@@ -48,10 +48,12 @@ class Cost:
         return f"about {spent} for {steps} steps, {self.num_bytes / GIB:.1f} GiB"
 
 
-def measure(objective: Objective, examples: Examples, config: LoopConfig, networks: nn.ModuleList) -> Cost:
+def measure(
+    objective: Objective, examples: Examples, config: LoopConfig, networks: nn.ModuleList, ranks: int = 1
+) -> Cost:
     """One loss with its gradients on the run's first pictures; parameters and random numbers stay as they were.
 
-    `networks` are all that lie in memory, those of the objective among them or not.
+    `networks` are all that lie in memory, those of the objective among them or not. Of `ranks` it is the first's step.
     """
     device = next(objective.network.parameters()).device
     state = State(nn.ModuleList([objective.network, networks]), config)
@@ -61,7 +63,9 @@ def measure(objective: Objective, examples: Examples, config: LoopConfig, networ
         torch.manual_seed(config.seed)
         objective.network.train()
         began = time.perf_counter()
-        batch = on_device(examples.batch(indices_of(examples, 0, config.batch_size, config.seed)), device)
+        batch = on_device(
+            examples.batch(indices_of(examples, 0, config.batch_size * ranks, config.seed, 0, ranks)), device
+        )
         ready = time.perf_counter()
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda value: value),

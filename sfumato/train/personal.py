@@ -1,6 +1,7 @@
 """Steering and personalising a model: five trainers with one surface. Each is made ready by a function, then `run`.
 
-The result lies in the run's folder under the run's name, where every command finds it. Knows no command line.
+The result lies in the run's folder under the run's name, where every command finds it. On several ranks both are done
+within one `joined`; the first rank writes. Knows no command line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +31,7 @@ from sfumato.train.data import Pictures
 from sfumato.train.data.listed import Folder
 from sfumato.train.data.pictures import Joined, caption_in
 from sfumato.train.diffusion import DiffusionConfig
+from sfumato.train.distributed import Ranks, joined
 from sfumato.train.dreambooth import CLASS, Paired, PriorConfig, draw_class
 from sfumato.train.hypernetwork import hypernetwork_result, new_hypernetwork
 from sfumato.train.inversion import InversionConfig, inversion_result, new_inversion
@@ -70,8 +73,6 @@ class Setup:
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name in ("state", "model"):
             raise ValueError(f"name={self.name!r}: a file's name without folders is needed, and not state or model")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("torchrun: several ranks train diffusion and autoencoder; this trainer takes one device")
 
     def samples(self, around: Callable[[State], AbstractContextManager[object]] | None = None) -> Samples | None:
         """What draws on the way; None where nothing is watched."""
@@ -111,32 +112,39 @@ def run(ready: Ready, setup: Setup, checkpointing: bool = False) -> Path:
     `checkpointing`: activations are computed again instead of kept. A run that is stopped leaves the result of the
     steps that it did. ValueError where the run there is another's.
     """
-    keep_settings(setup.folder, ready.settings | {"base": setup.model.hash})
+    with joined(setup.model.device) as ranks:
+        settings = ready.settings | {"base": setup.model.hash} if ranks.first else {}
+        ranks.first_does(lambda: keep_settings(setup.folder, settings))
+        state = _trained(ready, setup, checkpointing, ranks)
+        ranks.first_does(lambda: None if ready.result.exists() else ready.save(state))
+    return ready.result
+
+
+def _trained(ready: Ready, setup: Setup, checkpointing: bool, ranks: Ranks) -> State:
+    """The state after the last step, the networks hastened on the way."""
     left = setup.config.steps - _steps_done(setup.folder)
     networks = nn.ModuleList([*setup.model.networks.values(), ready.objective.network])
     around = recomputed(nn.ModuleList([setup.model.unet, ready.objective.network])) if checkpointing else nullcontext()
     try:
         hasten(networks)
         with around:
-            if left > 0:
+            if left > 0 and ranks.first:
                 kept = len(ready.examples) if ready.examples.keeps else None
                 all_of_it = nn.ModuleList(setup.model.networks.values())
-                cost = measure(ready.objective, ready.examples, setup.config, all_of_it)
+                cost = measure(ready.objective, ready.examples, setup.config, all_of_it, ranks.count)
                 log.info("%s", cost.line(left, setup.config, kept))
-            state = _fitted(ready, setup)
+            return _fitted(ready, setup, ranks)
     finally:
         hasten(networks, on=False)
-    if not ready.result.exists():
-        ready.save(state)
-    return ready.result
 
 
-def _fitted(ready: Ready, setup: Setup) -> State:
+def _fitted(ready: Ready, setup: Setup, ranks: Ranks) -> State:
     """The state after the last step; where a person stops it, the result of those that were done is written."""
     try:
         return fit(ready.objective, ready.examples, setup.config, setup.folder, ready.save, ready.samples)
     except KeyboardInterrupt:
-        ready.save(_as_saved(ready, setup))
+        state = _as_saved(ready, setup)
+        ranks.first_does(lambda: ready.save(state))
         raise
 
 
@@ -168,10 +176,16 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
 # -- the five ---------------------------------------------------------------------------------------------------------
 
 
-def lora(setup: Setup, config: LoRAConfig, prior: Prior | None = None, checkpointing: bool = False) -> Ready:
+def lora(
+    setup: Setup,
+    config: LoRAConfig,
+    prior: Prior | None = None,
+    checkpointing: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Ready:
     """A LoRA or one of its kin, `NAME.safetensors` in kohya's names; with a `prior` as DreamBooth.
 
-    `checkpointing` is only told in the file's header.
+    `checkpointing` is only told in the file's header. `dtype` is what the file is written in, None as it is trained.
     """
     examples = _with_prior(setup, prior)
     generator = torch.Generator().manual_seed(setup.config.seed)
@@ -181,7 +195,7 @@ def lora(setup: Setup, config: LoRAConfig, prior: Prior | None = None, checkpoin
 
     def save(state: State) -> None:
         facts = kohya_facts(objective, state, setup.config, setup.diffusion, setup.name) | data
-        save_adapter(path, lora_result(objective, state), setup.model.family, metadata=facts)
+        save_adapter(path, lora_result(objective, state), setup.model.family, metadata=facts, dtype=dtype)
 
     settings = {"trainer": "lora", **asdict(config)} | _prior_settings(prior)
     return Ready(objective, examples, save, path, setup.samples(), settings)
@@ -226,25 +240,33 @@ def hypernetwork(setup: Setup, config: HypernetworkConfig | None = None) -> Read
     return Ready(objective, examples, save, path, setup.samples(around), settings)
 
 
-def controlnet(setup: Setup, hints: Annotate | Hints, told: str, hint_drop_prob: float = 0.0) -> Ready:
+def controlnet(
+    setup: Setup,
+    hints: Annotate | Hints,
+    told: str,
+    hint_drop_prob: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Ready:
     """A ControlNet, `NAME.safetensors`; `hints` makes or reads them, `told` says how, for a run that goes on.
 
-    What is watched is steered by the first picture's hint, `hint.png` in the run's folder.
+    What is watched is steered by the first picture's hint, `hint.png` in the run's folder. `dtype` is what the file is
+    written in, None as it is trained.
     """
     objective = new_control(setup.model, setup.config.seed, setup.diffusion, hint_drop_prob)
     path = setup.folder / f"{setup.name}.safetensors"
     examples = latents_of(setup.model, setup.pictures, setup.shown, setup.config, hints)
     first = examples.pictures.batch(examples.indices_at(0)[:1])  # also shows that hints can be made
     if setup.watched is not None:
-        setup.folder.mkdir(parents=True, exist_ok=True)
         hint = setup.folder / "hint.png"
         assert isinstance(first, View) and first.hints is not None
-        save_png(hint, first.hints[0].permute(1, 2, 0).numpy())
+        pixels = first.hints[0].permute(1, 2, 0).numpy()
+        with joined(setup.model.device) as ranks:
+            ranks.first_does(lambda: _save_hint(hint, pixels))
         steered = replace(setup.watched, controls=(Control(setup.name, str(hint)),))
         setup = replace(setup, watched=steered)
 
     def save(state: State) -> None:
-        save_control(path, control_result(objective, state))
+        save_control(path, control_result(objective, state), dtype)
 
     samples = setup.samples(_written(save))
     settings = {"trainer": "controlnet", "hints": told, "hint_drop_prob": hint_drop_prob}
@@ -264,6 +286,11 @@ def _written(save: Callable[[State], None]) -> Callable[[State], AbstractContext
     return around
 
 
+def _save_hint(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, pixels)
+
+
 def _with_prior(setup: Setup, prior: Prior | None) -> Encoded | Paired:
     """The subject's latents, with those of its class beside where there is a prior; what is missing is drawn."""
     subject = latents_of(setup.model, setup.pictures, setup.shown, setup.config)
@@ -277,7 +304,12 @@ def _with_prior(setup: Setup, prior: Prior | None) -> Encoded | Paired:
     parts: list[Pictures] = [] if prior.pictures is None else [prior.pictures]
     if missing := prior.missing():
         folder = setup.folder / CLASS
-        draw_class(setup.model, prior.config, folder, missing, setup.shown.size, setup.config.seed, steps=prior.steps)
+        with joined(setup.model.device) as ranks:
+            draw_class(
+                setup.model, prior.config, folder, missing, setup.shown.size, setup.config.seed, steps=prior.steps,
+                ranks=ranks,
+            )  # fmt: skip
+            ranks.any(False)  # nobody goes on before all are there
         parts.append(Folder(folder))
     told = Captioned(parts[0] if len(parts) == 1 else Joined(parts), prior.config.prompt)
     others = latents_of(setup.model, told, setup.shown, replace(setup.config, seed=setup.config.seed + 1))
@@ -291,12 +323,14 @@ def _prior_settings(prior: Prior | None) -> dict[str, Any]:
 def _data_facts(setup: Setup, prior: Prior | None) -> dict[str, str]:
     """Kohya's `ss_` metadata of the pictures: counts, sizes, words."""
     count, config = len(setup.pictures), setup.config
-    batches = -(-count // (config.batch_size * config.accumulate))
+    per_step = config.examples_per_step(int(os.environ.get("WORLD_SIZE", "1")))
+    batches = -(-count // per_step)
     folder = setup.pictures.path.name
     facts: dict[str, object] = {
         "ss_num_train_images": count,
         "ss_num_reg_images": 0 if prior is None else prior.config.count,
         "ss_num_batches_per_epoch": batches,
+        "ss_total_batch_size": per_step,
         "ss_num_epochs": -(-config.steps // batches),
         "ss_resolution": (setup.shown.size, setup.shown.size),
         "ss_enable_bucket": setup.shown.buckets is not None,

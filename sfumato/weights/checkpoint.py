@@ -6,22 +6,23 @@ memory map, so that nothing is in memory twice. Layouts, families and files have
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.families import Family, Model
+from sfumato.families.detect import ASKED
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.weights.files import file_hash, open_tensors, save_safetensors
 from sfumato.weights.layouts import original_names
 from sfumato.weights.layouts.diffusers_names import autoencoder_keys
-from sfumato.weights.layouts.folder import folder_hash, open_component, open_folder
-from sfumato.weights.layouts.single_file import open_file
+from sfumato.weights.layouts.folder import files_of, folder_hash, open_component, open_folder, read_config
+from sfumato.weights.layouts.single_file import natural_family, open_file
 from sfumato.weights.layouts.tables import Place, to_layout
 from sfumato.weights.parts import Checkpoint, Pool, build, match, shapes_of
 from sfumato.weights.placing import fill
@@ -50,6 +51,7 @@ def open_checkpoint(
             raise ValueError(f"ckpt={str(path)!r}: use_ema: a diffusers folder holds one set of weights")
     else:
         opened = open_file(path, family, use_ema)
+    opened.variant = variant
     if vae is not None:
         _take_autoencoder(opened, Path(vae), variant)
     return opened
@@ -74,26 +76,27 @@ def _take_autoencoder(checkpoint: Checkpoint, path: Path, variant: str | None) -
         match(taken, "autoencoder", pool, table, shapes)
         if problems := taken.problems():
             raise ValueError(f"it does not hold {family.name}'s autoencoder: {problems[0]}")
-        _check_scale(_scale_of(path, variant), family)
+        _check_scale(_scale_of(path), family)
     except ValueError as error:
         text = str(error)
         raise ValueError(
             text.replace("ckpt=", "vae=", 1) if text.startswith("ckpt=") else f"vae={str(path)!r}: {text}"
         ) from error
+    checkpoint.vae = path, files_of(pool)
     checkpoint.parts["autoencoder"] = taken.parts["autoencoder"]
     checkpoint.missing.pop("autoencoder", None)
     checkpoint.misshapen = [text for text in checkpoint.misshapen if original_names.AUTOENCODER not in text]
 
 
-def _scale_of(path: Path, variant: str | None) -> float | None:
-    """The scale of an autoencoder's latents that its file's header or its folder's config.json tells."""
+def _scale_of(path: Path) -> float | None:
+    """The scale of an autoencoder's latents: of the family of the file that it is in, or its folder's config.json."""
     if path.is_dir():
         config = (path / "vae" if (path / "vae").is_dir() else path) / "config.json"
-        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        scale = found.get("scaling_factor") if isinstance(found, dict) else None
-        return float(scale) if isinstance(scale, (int, float)) else None
-    header = open_tensors(path).metadata.get("sfumato.family")
-    return None if header is None else Family.from_json(header).latent_scale
+        found = read_config(path, config.relative_to(path).as_posix()) or {}
+        scale = found.get("scaling_factor")
+        return float(scale) if isinstance(scale, (int, float)) and not isinstance(scale, bool) else None
+    family = natural_family(open_tensors(path), path)
+    return None if family is None else family.latent_scale  # an autoencoder alone does not tell
 
 
 def _check_scale(scale: float | None, family: Family) -> None:
@@ -156,7 +159,6 @@ def model_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     for part, module in parts.items():
         fill(module, checkpoint.parts[part], device, dtype)
     path = checkpoint.path
-    files = {str(source.file.path): source.file.path for part in checkpoint.parts.values() for source in part.values()}
     return Model(
         family=family,
         texts=tuple(parts[part] for part in family.text_parts),  # type: ignore[misc]
@@ -165,9 +167,33 @@ def model_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
         tokenizers=tuple(ClipTokenizer(tower.config.vocab_size) for tower in family.texts),
         device=device,
         dtype=dtype,
-        name=path.stem if path.is_file() else path.name,
-        hasher=partial(file_hash, path) if path.is_file() else partial(folder_hash, files),
+        name=_name_of(path),
+        hasher=partial(_hash_of, path, checkpoint.files),
+        reader=partial(_facts_of, checkpoint),
     )
+
+
+def _name_of(path: Path) -> str:
+    """A checkpoint's name, however its path is spelled."""
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _hash_of(path: Path, files: Sequence[Path]) -> str:
+    return file_hash(path) if path.is_file() else folder_hash(path, files)
+
+
+def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`Model.facts` of a checkpoint."""
+    facts: dict[str, Any] = {"family": checkpoint.family.name} if checkpoint.detection.why == ASKED else {}
+    if checkpoint.ema:
+        facts["ema"] = True
+    if checkpoint.variant is not None:
+        facts["variant"] = checkpoint.variant
+    if checkpoint.vae is not None:
+        path, files = checkpoint.vae
+        digest = file_hash(files[0]) if len(files) == 1 else folder_hash(files[0].parent, files)
+        facts["vae"] = {"name": _name_of(path), "hash": digest}
+    return facts
 
 
 def save_checkpoint(

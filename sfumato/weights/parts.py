@@ -51,7 +51,8 @@ class Checkpoint:
     """What a file or folder holds for its family: `parts` by our names, and what does not fit, in the layout's names.
 
     `unused` are the tensors that are in no network and rightly so, by their stored names; `natural` is the family that
-    it would be taken for, where a person named one.
+    it would be taken for, where a person named one. `files` are its own; `vae` is what another autoencoder was taken
+    from, with its files; `ema` and `variant` are how it was read.
     """
 
     path: Path
@@ -65,6 +66,10 @@ class Checkpoint:
     unused: dict[str, tuple[TensorFile, str]] = field(default_factory=dict)
     has_ema: bool = False
     natural: Family | None = None
+    files: tuple[Path, ...] = ()
+    vae: tuple[Path, tuple[Path, ...]] | None = None
+    ema: bool = False
+    variant: str | None = None
 
     @property
     def family(self) -> Family:
@@ -82,11 +87,22 @@ class Checkpoint:
         found = []
         for part, names in self.missing.items():
             whole = not self.parts[part]
-            found.append(f"the {part} is missing" if whole else f"{part}: {_first(names, 'missing')}")
+            found.append(
+                f"the {_in_words(part, self.family)} is missing" if whole else f"{part}: {_first(names, 'missing')}"
+            )
         found += self.misshapen
         if self.unknown:
             found.append(_first(self.unknown, "in no network of the family"))
         return found
+
+
+def _in_words(part: str, family: Family) -> str:
+    """What a network is called by people."""
+    if part not in family.text_parts:
+        return part
+    number = family.text_parts.index(part) + 1
+    which = f" {number} of {len(family.texts)}" if len(family.texts) > 1 else ""
+    return f"text encoder{which} ({family.texts[number - 1].prefix}...)"
 
 
 def _first(names: list[str], what: str) -> str:

@@ -50,7 +50,19 @@ def surplus_of(checkpoint: Checkpoint) -> tuple[dict[str, Lazy], dict[str, str]]
     if not path.is_file():
         return {}, {}
     file = open_tensors(path)
-    return {name: _plain(file, name) for name in file.names()}, json.loads(file.metadata.get(HEADER, "{}"))
+    return {name: _plain(file, name) for name in file.names()}, _header_in(file)
+
+
+def _header_in(file: TensorFile) -> dict[str, str]:
+    """The single file's metadata that a surplus file keeps; ValueError, naming the file, where it is damaged."""
+    text = file.metadata.get(HEADER, "{}")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
+        raise ValueError(f"ckpt={str(file.path)!r}: {HEADER}={text[:60]!r}: a JSON object of texts is needed")
+    return header
 
 
 def marks_of(surplus: Mapping[str, Lazy]) -> dict[str, Lazy]:

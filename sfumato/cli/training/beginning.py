@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 
 from sfumato.cli.loading import load
+from sfumato.cli.names import FAMILIES
 from sfumato.cli.training.runs import add_run_flags, config_of, device_of, done, shown_of
-from sfumato.families import FAMILIES
-from sfumato.train.beginning import family_to_begin, train_clip, write_new
-from sfumato.train.data import open_pictures
 
 
 def add_new_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +20,8 @@ def add_new_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_new(args: argparse.Namespace) -> int:
     """`sfumato train new`."""
+    from sfumato.train.beginning import family_to_begin, write_new
+
     family = family_to_begin(args.config)
     if args.out.suffix != ".safetensors":
         raise ValueError(f"out={str(args.out)!r}: the name of a .safetensors file is needed")
@@ -40,6 +40,9 @@ def add_clip_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_clip(args: argparse.Namespace) -> int:
     """`sfumato train clip`."""
+    from sfumato.train.beginning import train_clip
+    from sfumato.train.data import open_pictures
+
     config = config_of(args)
     pictures, model = open_pictures(*args.data), load(args, device_of(args), "full").model
     return done(train_clip(model, pictures, args.out, shown_of(args, model), config), pictures)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sfumato.cli.loading import load
+from sfumato.cli.names import LCM_RANK, LCM_SOLVER_STEPS, PRECISIONS
 from sfumato.cli.training.runs import (
     add_run_flags,
     add_watch_flags,
@@ -16,11 +17,6 @@ from sfumato.cli.training.runs import (
     shown_of,
     watched_of,
 )
-from sfumato.train.conditions import check_trainable
-from sfumato.train.consistency import LCM_LORA, ConsistencyConfig, distil
-from sfumato.train.data import CachedLatents, open_pictures
-from sfumato.train.data.latents import fingerprint
-from sfumato.train.views import latents_of
 
 
 def add_consistency_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +27,23 @@ def add_consistency_flags(parser: argparse.ArgumentParser) -> None:
     add("--latents", nargs="+", type=Path, metavar="FILE", help="instead of --data: latents that were computed before")
     add("--name", dest="result", metavar="NAME", help="of the result's file (default: the run's folder's)")
     add("--guidance", type=float, metavar="G", help="the teacher's, which the result has in it (default: the model's)")
-    add("--solver-steps", type=int, default=ConsistencyConfig.solver_steps, metavar="N",
+    add("--solver-steps", type=int, default=LCM_SOLVER_STEPS, metavar="N",
         help="levels of the teacher's DDIM (default: %(default)s)")  # fmt: skip
-    add("--rank", type=int, default=LCM_LORA.rank, metavar="N", help="of the adapter (default: %(default)s)")
+    add("--rank", type=int, default=LCM_RANK, metavar="N", help="of the adapter (default: %(default)s)")
+    add("--save-dtype", choices=PRECISIONS, default="fp16", help="precision of the adapter's file; training "
+        "keeps its own (default: %(default)s)")  # fmt: skip
     add("--full", action="store_true", help="train the whole U-Net instead: the result is a checkpoint")
 
 
 def run_consistency(args: argparse.Namespace) -> int:
     """`sfumato train consistency`."""
+    from sfumato.pipeline import PRECISIONS as DTYPES
+    from sfumato.train.conditions import check_trainable
+    from sfumato.train.consistency import LCM_LORA, ConsistencyConfig, distil
+    from sfumato.train.data import CachedLatents, open_pictures
+    from sfumato.train.data.latents import fingerprint
+    from sfumato.train.views import latents_of
+
     if (args.data is None) == (args.latents is None):
         raise ValueError("data: one of --data PATH and --latents FILE is needed")
     loop, lora = config_of(args), replace(LCM_LORA, rank=args.rank, alpha=float(args.rank))
@@ -51,10 +56,11 @@ def run_consistency(args: argparse.Namespace) -> int:
     if watched is not None:
         watched = replace(watched, steps=watched.steps or 4, sampler="lcm", guidance=1.0)
     name = args.result or args.out.absolute().name
+    adapter, dtype = None if args.full else lora, DTYPES[args.save_dtype]
     if pictures is not None:
         examples = latents_of(model, pictures, shown_of(args, model), loop)
-        path = distil(model, examples, args.out, name, loop, config, None if args.full else lora, watched)
+        path = distil(model, examples, args.out, name, loop, config, adapter, watched, dtype)
         return done(path, pictures)
     cached = CachedLatents(args.latents, fingerprint(model.autoencoder)).in_batches(loop.batch_size, loop.seed)
-    print(distil(model, cached, args.out, name, loop, config, None if args.full else lora, watched))
+    print(distil(model, cached, args.out, name, loop, config, adapter, watched, dtype))
     return 0

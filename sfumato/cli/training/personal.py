@@ -6,8 +6,11 @@ Everything that a person can mend is checked before anything long begins.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
+from sfumato.cli import names
 from sfumato.cli.loading import load
 from sfumato.cli.training.runs import (
     add_loss_flags,
@@ -19,22 +22,15 @@ from sfumato.cli.training.runs import (
     shown_of,
     watched_of,
 )
-from sfumato.families import Model
-from sfumato.images.annotate import ANNOTATORS, Network, annotate, find_annotator
-from sfumato.models.beside import KINDS
-from sfumato.models.hypernetwork import ACTIVATIONS, WEIGHT_INITS, HypernetworkConfig
-from sfumato.models.transformer import CrossAttention
-from sfumato.train import personal
-from sfumato.train.conditions import check_trainable
-from sfumato.train.controlnet import CAPTION_DROP
-from sfumato.train.data import Pictures, open_pictures
-from sfumato.train.diffusion import DiffusionConfig
-from sfumato.train.dreambooth import PriorConfig
-from sfumato.train.inversion import TEMPLATES, InversionConfig
-from sfumato.train.lora import TARGETS, LoRAConfig
-from sfumato.train.personal import Prior, Ready, Setup
-from sfumato.train.views import Annotate, Captioned, Hints, check_captions
-from sfumato.weights.controls.hed import load_hed, soft_edges
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    import torch
+
+    from sfumato.families import Model
+    from sfumato.images.annotate import Network
+    from sfumato.train.data import Pictures
+    from sfumato.train.personal import Prior, Ready, Setup
+    from sfumato.train.views import Annotate, Hints
 
 CLASS_COUNT = 100
 
@@ -57,13 +53,18 @@ def _add_checkpointing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
 
 
+def _add_save_dtype(parser: argparse.ArgumentParser, usual: str) -> None:
+    parser.add_argument("--save-dtype", choices=names.PRECISIONS, default=usual, help="precision of the result's file; "
+        "training keeps its own (default: %(default)s)")  # fmt: skip
+
+
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--kind", choices=KINDS, default="lora", help="(default: %(default)s)")
+    add("--kind", choices=names.ADAPTERS, default="lora", help="(default: %(default)s)")
     add("--rank", type=int, default=16, metavar="N", help="(default: %(default)s)")
     add("--alpha", type=float, metavar="X", help="the change counts alpha / rank (default: the rank)")
     add("--target", action="append", metavar="NAME",
-        help=f"what is changed: {', '.join(TARGETS)}, or the end of layers' names; may be given again (default: "
+        help=f"what is changed: {', '.join(names.TARGETS)}, or the end of layers' names; may be given again (default: "
         "attention)")  # fmt: skip
     add("--dropout", type=float, default=0.0, metavar="X", help="of inputs, of lora and locon (default: %(default)s)")
     add("--tucker", action="store_true", help="large kernels with a core (locon, loha, lokr)")
@@ -88,6 +89,7 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--train-text", action="store_true", help="change the text encoders too (rate: --text-lr)")
     _add_prior(parser)
+    _add_save_dtype(parser, "fp16")
     _add_checkpointing(parser)
 
 
@@ -106,7 +108,7 @@ def add_inversion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--initial", default="thing", metavar="WORDS", help="what it begins as (default: %(default)s)")
     add("--vectors", type=int, default=0, metavar="N", help="tokens that it takes (default: those of --initial)")
-    add("--templates", choices=tuple(TEMPLATES), default="subject", help="its prompts (default: %(default)s)")
+    add("--templates", choices=names.TEMPLATES, default="subject", help="its prompts (default: %(default)s)")
     add("--caption-prob", type=float, default=0.0, metavar="X", help="share of prompts that end with the caption")
     _add_checkpointing(parser)
 
@@ -117,19 +119,20 @@ def add_hypernetwork_flags(parser: argparse.ArgumentParser) -> None:
     _add_caption(parser)
     add = parser.add_argument
     add("--layers", type=float, nargs="+", default=[1, 2, 1], metavar="X", help="widths (default: 1 2 1)")
-    add("--activation", choices=tuple(ACTIVATIONS), default="linear", help="(default: %(default)s)")
-    add("--weight-init", choices=WEIGHT_INITS, default="Normal", help="(default: %(default)s)")
+    add("--activation", choices=names.ACTIVATIONS, default="linear", help="(default: %(default)s)")
+    add("--weight-init", choices=names.WEIGHT_INITS, default="Normal", help="(default: %(default)s)")
     add("--layer-norm", action="store_true", help="normalise behind each layer")
 
 
 def add_controlnet_flags(parser: argparse.ArgumentParser) -> None:
     """Of a ControlNet."""
-    _add_common(parser, 1e-5, 0.999, CAPTION_DROP, batch=4)
+    _add_common(parser, 1e-5, 0.999, names.HINT_CAPTION_DROP, batch=4)
     _add_caption(parser)
     add = parser.add_argument
-    add("--annotate", choices=tuple(ANNOTATORS), help="make the hints of the pictures themselves")
+    add("--annotate", choices=names.ANNOTATORS, help="make the hints of the pictures themselves")
     add("--hints", metavar="DIR", help="or read them from this folder, of the same names")
     add("--hint-drop", type=float, default=0.0, metavar="X", help="share of black hints (default: %(default)s)")
+    _add_save_dtype(parser, "fp16")
     _add_checkpointing(parser)
 
 
@@ -138,43 +141,59 @@ def add_controlnet_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_lora(args: argparse.Namespace) -> int:
     """`sfumato train lora`."""
+    from sfumato.train import personal
+    from sfumato.train.lora import LoRAConfig
+
     targets = tuple(args.target or ["attention"])
     config = LoRAConfig(
         args.kind, args.rank, args.alpha, targets, args.dropout, args.tucker, args.factor, args.train_text
     )
     prior = _prior(args)
     setup = _setup(args)
-    return _run(personal.lora(setup, config, prior, args.gradient_checkpointing), setup, args)
+    dtype = _save_dtype(args)
+    return _run(lambda: personal.lora(setup, config, prior, args.gradient_checkpointing, dtype), setup, args)
 
 
 def run_dreambooth(args: argparse.Namespace) -> int:
     """`sfumato train dreambooth`."""
+    from sfumato.train import personal
+
     prior = _prior(args)
     setup = _setup(args)
-    return _run(personal.dreambooth(setup, args.train_text, prior), setup, args)
+    return _run(lambda: personal.dreambooth(setup, args.train_text, prior), setup, args)
 
 
 def run_inversion(args: argparse.Namespace) -> int:
     """`sfumato train textual-inversion`."""
+    from sfumato.train import personal
+    from sfumato.train.inversion import TEMPLATES, InversionConfig
+
     name = args.result or args.out.absolute().name
     config = InversionConfig(name, args.initial, args.vectors, TEMPLATES[args.templates], args.caption_prob)
     setup = _setup(args, need_captions=False)
-    return _run(personal.textual_inversion(setup, config), setup, args)
+    return _run(lambda: personal.textual_inversion(setup, config), setup, args)
 
 
 def run_hypernetwork(args: argparse.Namespace) -> int:
     """`sfumato train hypernetwork`."""
+    from sfumato.models.hypernetwork import HypernetworkConfig
+    from sfumato.train import personal
+
     shape = {
         "layers": tuple(int(each) if each == int(each) else each for each in args.layers),
         "activation": args.activation, "layer_norm": args.layer_norm, "weight_init": args.weight_init,
     }  # fmt: skip
     HypernetworkConfig(**shape)
     setup = _setup(args)
-    return _run(personal.hypernetwork(setup, HypernetworkConfig(_widths(setup.model), **shape)), setup, args)
+    config = HypernetworkConfig(_widths(setup.model), **shape)
+    return _run(lambda: personal.hypernetwork(setup, config), setup, args)
 
 
 def run_controlnet(args: argparse.Namespace) -> int:
     """`sfumato train controlnet`."""
+    from sfumato.train import personal
+    from sfumato.train.views import Hints
+
     if (args.hints is None) == (args.annotate is None):
         raise ValueError("hints: one of --annotate NAME and --hints DIR is needed")
     setup = _setup(args)
@@ -183,11 +202,18 @@ def run_controlnet(args: argparse.Namespace) -> int:
         told = "folder"
     else:
         hints, told = _annotator(args.annotate, setup.model), args.annotate
-    return _run(personal.controlnet(setup, hints, told, args.hint_drop), setup, args)
+    dtype = _save_dtype(args)
+    return _run(lambda: personal.controlnet(setup, hints, told, args.hint_drop, dtype), setup, args)
 
 
 def _setup(args: argparse.Namespace, need_captions: bool = True) -> Setup:
     """What every trainer is given; everything that can be wrong with the flags and the pictures is told here."""
+    from sfumato.train.conditions import check_trainable
+    from sfumato.train.data import open_pictures
+    from sfumato.train.diffusion import DiffusionConfig
+    from sfumato.train.personal import Setup
+    from sfumato.train.views import Captioned, check_captions
+
     options = DiffusionConfig(args.caption_drop, args.min_snr, offset_noise=args.offset_noise)
     config = config_of(args)
     pictures: Pictures = open_pictures(*args.data, need_captions=False)
@@ -201,12 +227,29 @@ def _setup(args: argparse.Namespace, need_captions: bool = True) -> Setup:
     return Setup(model, pictures, shown_of(args, model), config, options, args.out, name, watched_of(args))
 
 
-def _run(ready: Ready, setup: Setup, args: argparse.Namespace) -> int:
-    return done(personal.run(ready, setup, getattr(args, "gradient_checkpointing", False)), setup.pictures)
+def _run(make: Callable[[], Ready], setup: Setup, args: argparse.Namespace) -> int:
+    """Make a trainer ready and run it, on all ranks that torchrun started."""
+    from sfumato.train import personal
+    from sfumato.train.distributed import joined
+
+    with joined(setup.model.device):
+        path = personal.run(make(), setup, getattr(args, "gradient_checkpointing", False))
+    return done(path, setup.pictures)
+
+
+def _save_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The precision that --save-dtype names."""
+    from sfumato.pipeline import PRECISIONS
+
+    return PRECISIONS[args.save_dtype]
 
 
 def _prior(args: argparse.Namespace) -> Prior | None:
     """The class of the subject that the flags name; None where they name none."""
+    from sfumato.train.data import open_pictures
+    from sfumato.train.dreambooth import PriorConfig
+    from sfumato.train.personal import Prior
+
     if args.class_prompt is None:
         for name in ("class_data", "class_count", "class_steps"):
             if getattr(args, name) is not None:
@@ -223,11 +266,16 @@ def _prior(args: argparse.Namespace) -> Prior | None:
 
 def _widths(model: Model) -> tuple[int, ...]:
     """The widths of context that a U-Net's attentions have."""
+    from sfumato.models.transformer import CrossAttention
+
     return tuple(sorted({part.context_dim for part in model.unet.modules() if isinstance(part, CrossAttention)}))
 
 
 def _annotator(name: str, model: Model) -> Annotate:
     """What makes a hint; ValueError where it needs a network that is not to be had here."""
+    from sfumato.images.annotate import annotate, find_annotator
+    from sfumato.weights.controls.hed import load_hed, soft_edges
+
     kind = find_annotator(name).network
     network: Network | None = None
     if kind == "edges":

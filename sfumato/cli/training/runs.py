@@ -6,15 +6,17 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.cli.loading import add_model_flags
-from sfumato.families import Model
+from sfumato.cli.names import CROPS
 from sfumato.train.config import DECAYS, OPTIMIZERS, PRECISIONS, LoopConfig
-from sfumato.train.data import Pictures, bucket_sizes
-from sfumato.train.data.bucketed import CROPS
-from sfumato.train.distributed import local_device
-from sfumato.train.samples import Watched
-from sfumato.train.views import Shown
+
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.families import Model
+    from sfumato.train.data import Pictures
+    from sfumato.train.samples import Watched
+    from sfumato.train.views import Shown
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +101,16 @@ def config_of(args: argparse.Namespace) -> LoopConfig:
 
 def watched_of(args: argparse.Namespace) -> Watched | None:
     """What is drawn on the way."""
+    from sfumato.train.samples import Watched
+
     return Watched(tuple(args.prompt), steps=args.sample_steps) if args.prompt else None
 
 
 def shown_of(args: argparse.Namespace, model: Model) -> Shown:
     """How pictures are shown. ValueError where the size is none of the model's."""
+    from sfumato.train.data import bucket_sizes
+    from sfumato.train.views import Shown
+
     size, step = args.size or model.family.size, model.family.size_step
     if size < step or size % step:
         raise ValueError(f"size={size}: a multiple of {step} is needed")
@@ -115,6 +122,8 @@ def shown_of(args: argparse.Namespace, model: Model) -> Shown:
 
 def device_of(args: argparse.Namespace) -> str | None:
     """The device asked for; under torchrun this rank's own."""
+    from sfumato.train.distributed import local_device
+
     return str(local_device()) if args.device is None and "WORLD_SIZE" in os.environ else args.device
 
 

@@ -6,8 +6,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sfumato.train.logs import Status, status_of
+if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.train.logs import Status
 
 
 def add_status_flags(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,8 @@ def add_status_flags(parser: argparse.ArgumentParser) -> None:
 
 def show_status(args: argparse.Namespace) -> int:
     """`sfumato train status`."""
+    from sfumato.train.logs import status_of
+
     status = status_of(args.run)
     print(json.dumps(asdict(status), default=str) if args.json else told(status))
     return 0

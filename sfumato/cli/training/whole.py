@@ -16,12 +16,6 @@ from sfumato.cli.training.runs import (
     shown_of,
     watched_of,
 )
-from sfumato.train.autoencoder import AutoencoderLoss
-from sfumato.train.beginning import measured_scale, rescaled
-from sfumato.train.data import open_pictures
-from sfumato.train.diffusion import DiffusionConfig
-from sfumato.train.tuning import tune_autoencoder, tune_diffusion
-from sfumato.weights.checkpoint import load_model
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +40,10 @@ def add_autoencoder_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_diffusion(args: argparse.Namespace) -> int:
     """`sfumato train diffusion`."""
+    from sfumato.train.data import open_pictures
+    from sfumato.train.diffusion import DiffusionConfig
+    from sfumato.train.tuning import tune_diffusion
+
     options = DiffusionConfig(args.caption_drop, args.min_snr, offset_noise=args.offset_noise)
     config = config_of(args)
     pictures, model = open_pictures(*args.data), load(args, device_of(args), "full").model
@@ -56,6 +54,12 @@ def run_diffusion(args: argparse.Namespace) -> int:
 
 def run_autoencoder(args: argparse.Namespace) -> int:
     """`sfumato train autoencoder`."""
+    from sfumato.train.autoencoder import AutoencoderLoss
+    from sfumato.train.beginning import measured_scale, rescaled
+    from sfumato.train.data import open_pictures
+    from sfumato.train.tuning import tune_autoencoder
+    from sfumato.weights.checkpoint import load_model
+
     loss = AutoencoderLoss(perceptual_weight=0.0, crop=args.random_crop, decoder_only=args.decoder_only)
     config = config_of(args)
     if args.measure_scale and args.decoder_only:

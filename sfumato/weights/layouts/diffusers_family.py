@@ -23,6 +23,7 @@ from sfumato.weights.layouts import diffusers_fields as words
 from sfumato.weights.layouts.diffusers_fields import Configs, Fields
 from sfumato.weights.layouts.diffusers_tokenizer import pad_token_of
 
+TEXT_FOLDERS = ("text_encoder", "text_encoder_2")
 SMALLEST_VOCAB = 514  # the bytes, alone and at a word's end, and the two special tokens
 
 
@@ -34,7 +35,7 @@ def is_xl(family: Family) -> bool:
 def text_components(configs: Configs) -> list[str]:
     """The folders of the text encoders that a folder has."""
     index = configs.get(words.INDEX, {})
-    names = [name for name in ("text_encoder", "text_encoder_2") if f"{name}/config.json" in configs]
+    names = [name for name in TEXT_FOLDERS if f"{name}/config.json" in configs]
     return [name for name in names if name not in index or index[name] not in (None, [None, None])]
 
 
@@ -48,9 +49,11 @@ def family_of(configs: Configs, known: Iterable[Family] | None = None) -> Family
     unet, size_dim, sample_size = _unet(Fields(configs, words.UNET))
     autoencoder, latent_scale = _autoencoder(Fields(configs, words.VAE), pipeline)
     xl = unet.vector_dim is not None
+    _check_named(configs)
     texts = tuple(_tower(configs, name, xl, place) for place, name in enumerate(text_components(configs)))
     if not texts:
         raise ValueError("text_encoder/config.json is missing")
+    _check_both(configs, unet, texts)
     schedule, prediction = _schedule(Fields(configs, words.SCHEDULER))
     if words.LOW_RES in configs:
         _check_low_res(Fields(configs, words.LOW_RES), schedule)
@@ -72,6 +75,26 @@ def family_of(configs: Configs, known: Iterable[Family] | None = None) -> Family
     except ValueError as error:
         raise ValueError(f"the folder's configs do not fit together: {error}") from error
     return _named(family, list(FAMILIES.values()) if known is None else list(known))
+
+
+def _check_named(configs: Configs) -> None:
+    """ValueError where the index names a text encoder that has no config."""
+    for name in TEXT_FOLDERS:
+        entry = configs.get(words.INDEX, {}).get(name)
+        if entry not in (None, [None, None]) and f"{name}/config.json" not in configs:
+            raise ValueError(f"{name}/config.json is missing: {words.INDEX} names this text encoder")
+
+
+def _check_both(configs: Configs, unet: UNetConfig, texts: tuple[TextTower, ...]) -> None:
+    """ValueError where XL's U-Net is told of two text encoders and there is one."""
+    width = texts[0].config.width
+    if unet.vector_dim is not None and len(texts) == 1 and unet.context_dim != width:
+        (there,) = text_components(configs)
+        (other,) = set(TEXT_FOLDERS) - {there}
+        raise ValueError(
+            f"{other}/config.json is missing: the U-Net wants {unet.context_dim} numbers a token, {there} alone gives "
+            f"{width}"
+        )
 
 
 def _class(fields: Fields, default: str, allowed: Collection[str]) -> str:

@@ -66,6 +66,7 @@ POSITION_IDS = "text_model.embeddings.position_ids"  # 0 to 76; older transforme
 
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}  # of transformers; diffusers has one for both:
 DIFFUSERS_STEM = "diffusion_pytorch_model"
+SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 def unet_keys(config: UNetConfig) -> dict[str, Place]:
@@ -206,7 +207,8 @@ def _weights(folder: Path, component: str) -> dict[str | None, list[Path]]:
         name = r"(?:\.(?P<{}>[\w-]+))?"
         pattern = rf"{stem}{name.format('a')}\.{kind}(?:{name.format('b')}\.index{name.format('c')}\.json)?"
         for path in sorted(folder.glob(f"{stem}*")):
-            if match := re.fullmatch(pattern, path.name):
+            match = re.fullmatch(pattern, path.name)
+            if match and not SHARD.search(path.name):  # shards count by their index alone
                 found.setdefault(match["a"] or match["b"] or match["c"], []).append(path)
     return found
 

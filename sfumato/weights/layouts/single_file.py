@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sfumato.families import Family
-from sfumato.families.detect import Clues, Detection, detect, other_kind
+from sfumato.families.detect import ASKED, Clues, Detection, detect, other_kind
 from sfumato.weights.files import TensorFile, open_tensors
 from sfumato.weights.layouts import original_names
 from sfumato.weights.layouts.tables import Change, Place
@@ -20,9 +20,9 @@ def open_file(path: Path, family: Family | None, use_ema: bool) -> Checkpoint:
     stored = {name: (file, name) for name in file.names()}
     try:
         found = _detect(file, family or recall(path), path)
-        natural = None if family is None else _natural(file, path)
+        natural = None if family is None else natural_family(file, path)
         pool = {original_names.canonical(name, found.family): place for name, place in stored.items()}
-        checkpoint = Checkpoint(path, "single file", found, file.metadata)
+        checkpoint = Checkpoint(path, "single file", found, file.metadata, files=(path,), ema=use_ema)
         checkpoint.natural = natural
         checkpoint.has_ema = any(name.startswith(original_names.EMA + "diffusion_model") for name in pool)
         if use_ema and not checkpoint.has_ema:
@@ -49,8 +49,8 @@ def _spelled(place: Place, pool: Pool) -> Place:
     return place
 
 
-def _natural(file: TensorFile, path: Path) -> Family | None:
-    """What a file would be taken for if nobody had said."""
+def natural_family(file: TensorFile, path: Path) -> Family | None:
+    """What a file would be taken for if nobody had said; None where it is no known checkpoint."""
     try:
         return _detect(file, None, path).family
     except ValueError:
@@ -59,7 +59,7 @@ def _natural(file: TensorFile, path: Path) -> Family | None:
 
 def _detect(file: TensorFile, family: Family | None, path: Path) -> Detection:
     if family is not None:
-        return Detection(family, "as asked")
+        return Detection(family, ASKED)
     shapes = {name: file.shape(name) for name in file.names()}
     return detect(shapes, Clues(file.metadata, path.stem, _yaml_prediction(path), file.read))
 
