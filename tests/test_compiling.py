@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,10 @@ SCRIPT = """
 import json, sys, torch
 from torch._dynamo.utils import counters
 from sfumato.models.compiling import compile_blocks, keep_in
-from tests.test_compiling import inputs, unet_of
 from pathlib import Path
-torch.set_num_threads(1)
 keep_in(Path(sys.argv[1]))
+from tests.test_compiling import inputs, unet_of
+torch.set_num_threads(1)
 with torch.inference_mode():
     unet = unet_of()
     exact = [unet(*inputs(rows)) for rows in (2, 3)]
@@ -208,6 +209,9 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv(compiling.CACHE, "elsewhere")
     keep_in(tmp_path)
     assert os.environ[compiling.CACHE] == "elsewhere"
+    monkeypatch.setenv(compiling.CACHE, str(Path(tempfile.gettempdir()) / "torchinductor_somebody"))
+    keep_in(tmp_path)
+    assert os.environ[compiling.CACHE] == str(tmp_path)
 
 
 def test_without_a_compiler_a_pipeline_draws_as_before(

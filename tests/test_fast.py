@@ -18,7 +18,7 @@ from sfumato.images import save_png
 from sfumato.memory import GIB, plan
 from sfumato.models import inference
 from sfumato.models.hypernetwork import Hypernetwork, HypernetworkConfig, worn
-from sfumato.models.inference import CONTEXTS, Store, quickest
+from sfumato.models.inference import CONTEXTS, KEPT, Store, can_order, quickest
 from sfumato.models.layers import Conv2d, hasten, wrapped
 from sfumato.models.transformer import FeedForward, TransformerBlock
 from sfumato.models.unet import UNet, UNetConfig
@@ -114,6 +114,30 @@ def test_every_way_is_the_convolution(way: str, shape: tuple[int, ...], monkeypa
         assert bool(store.num_bytes) == (store.most > 0 and way != "columns")
 
 
+@pytest.mark.skipif(not can_order(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_ordered_weights_change_no_bit(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept once, for maps of other sizes too, and made anew when the weight changes."""
+    monkeypatch.setattr(inference, "quickest", lambda *_: "ordered")
+    store, weight, bias = Store(PLENTY), noise(24, 16, 3, 3, seed=1), noise(24, seed=2)
+    for shape in ((2, 16, 8, 8), (2, 16, 8, 8), (5, 16, 4, 6)):
+        x = noise(*shape).contiguous(memory_format=torch.channels_last)
+        found = store.convolution(x, weight, bias, stride)
+        assert found is not None and close(found, F.conv2d(x, weight, bias, stride, 1), 1e-6)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    assert store.num_bytes == 4 * weight.numel()
+    weight.mul_(2)
+    found = store.convolution(x, weight, None, stride)
+    assert found is not None and close(found, F.conv2d(x, weight, None, stride, 1), 1e-6)
+
+
+def test_without_room_nothing_is_ordered() -> None:
+    assert quickest((2, 192, 2, 2), 192, 1) == "direct" and "ordered" in KEPT
+    x, weight = noise(2, 192, 2, 2), noise(192, 192, 3, 3, seed=1)
+    assert Store(7).convolution(x, weight, None, 1) is None and Store().convolution(x, weight, None, 1) is None
+
+
 def _replace(conv: Conv2d, new: Tensor) -> None:
     conv.weight = nn.Parameter(new.clone(), requires_grad=False)
 
@@ -198,7 +222,7 @@ def test_kept_weights_go_with_their_network_and_stay_within_bounds(tiles: None) 
     for conv in convs:
         assert close(conv(x), F.conv2d(x, conv.weight, conv.bias, 1, 1))
     assert store.num_bytes == 2 * one
-    kept = [weakref.ref(made) for _, _, made in store._weights.values()]
+    kept = [weakref.ref(made) for _, ways in store._weights.values() for made in ways.values()]
     del conv, convs
     gc.collect()
     assert store.num_bytes == 0 and all(ref() is None for ref in kept)
@@ -385,15 +409,16 @@ def test_other_precisions_are_left_alone(tiles: None) -> None:
 
 def test_which_way_without_gradients() -> None:
     """Measured winners: large tiles at SD's sizes, small ones or columns at 8 x 8, the box's largest map direct."""
-    assert quickest((2, 320, 64, 64), 320, 1) == quickest((2, 320, 64, 64), 320, 1, (2, 4)) == "winograd4"
-    assert quickest((2, 640, 32, 32), 640, 1, (2, 4)) == "winograd4"
-    assert quickest((2, 1280, 16, 16), 1280, 1, (2, 4)) == "winograd4"
-    assert quickest((2, 1280, 8, 8), 1280, 1, (2, 4)) == "winograd2"
+    assert quickest((2, 320, 64, 64), 320, 1) == quickest((2, 320, 64, 64), 320, 1, KEPT) == "winograd4"
+    assert quickest((2, 640, 32, 32), 640, 1, KEPT) == "winograd4"
+    assert quickest((2, 1280, 16, 16), 1280, 1, KEPT) == "winograd4"
+    assert quickest((2, 1280, 8, 8), 1280, 1, KEPT) == "winograd2"
     assert quickest((2, 1280, 16, 16), 1280, 2) in ("direct", "columns")
-    assert quickest((32, 48, 16, 16), 48, 1, (2, 4)) == "direct"
-    assert quickest((32, 192, 4, 4), 192, 1, (2, 4)) == "winograd4"
-    assert quickest((1, 192, 4, 4), 192, 1, (2, 4)) == "direct"
-    assert quickest((2, 4, 64, 64), 320, 1, (2, 4)) in ("direct", "columns")
+    assert quickest((32, 48, 16, 16), 48, 1, KEPT[1:]) == "direct"
+    assert quickest((32, 192, 4, 4), 192, 1, KEPT) == "winograd4"
+    assert quickest((1, 192, 4, 4), 192, 1, KEPT[1:]) == "direct"
+    assert quickest((1, 192, 4, 4), 192, 1, KEPT) == quickest((2, 192, 2, 2), 192, 2, KEPT) == "ordered"
+    assert quickest((2, 4, 64, 64), 320, 1, KEPT) in ("direct", "columns", "ordered")
 
 
 # the pipeline's flag

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -57,10 +58,14 @@ def why_not(device: torch.device) -> str | None:
 
 
 def keep_in(folder: Path) -> None:
-    """Keep compiled code in a folder, for this process and later ones; a folder that $TORCHINDUCTOR_CACHE_DIR names
-    stays. For before the first compilation.
+    """Keep compiled code in a folder, for this process and later ones; for before the first compilation.
+
+    A folder that $TORCHINDUCTOR_CACHE_DIR names stays, unless it is the temporary one that the compiler itself puts
+    there as soon as it is imported.
     """
-    os.environ.setdefault(CACHE, str(folder))
+    known = Path(os.environ.get(CACHE, ""))
+    if not known.name or (known.parent == Path(tempfile.gettempdir()) and known.name.startswith("torchinductor_")):
+        os.environ[CACHE] = str(folder)
 
 
 class Compiled:

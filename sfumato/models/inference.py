@@ -25,20 +25,25 @@ CONTEXTS = 4  # kept at once: of a network's calls, those for a prompt and for w
 # 1e6 numbers of the weight that is multiplied with, for 1e6 numbers of the maps that are, and in any case.
 _COSTS = {
     "direct": (21.7, 0.5, 0.3, 0.01),
+    "ordered": (21.7, 0.1, 0.3, 0.01),
     "columns": (24.0, 0.3, 1.0, 0.1),
     "winograd": (25.0, 0.4, 2.2, 0.15),
 }
-_ORDERED = 1_500_000  # numbers of a weight; what lies beyond, PyTorch's convolution brings into its own order each time
+_ORDERED = 1_500_000  # numbers of a weight; what lies beyond, PyTorch's convolution brings into its order more slowly
 _ORDERING = 3.8  # milliseconds for 1e6 of those
 _TRANSFORM = 0.9  # milliseconds for 1e6 numbers of a transformed weight that is not kept
 
 
+# Ways that a weight may be kept for: in the order that PyTorch's convolution brings it into at every call, transformed.
+KEPT = ("ordered", "winograd2", "winograd4")
+
+
 @cache
-def quickest(shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple[int, ...] = ()) -> str:
+def quickest(shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple[str, ...] = ()) -> str:
     """Which way is likely the quickest for a 3 x 3 convolution of a map of `shape` (B, C, h, w), padded by a cell.
 
-    "direct" (PyTorch's own), "columns", "winograd2" or "winograd4"; of a forward pass alone. For the m in `kept` the
-    transformed weight is there, or will be kept.
+    "direct" (PyTorch's own), "columns", or one of KEPT; of a forward pass alone. For the ways in `kept` the weight is
+    there as it is wanted, or will be kept so; without that "ordered" is none.
     """
     batch, channels, height, width = shape
     results = batch * -(-height // stride) * -(-width // stride)
@@ -53,13 +58,35 @@ def quickest(shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple
         "direct": cost("direct", 9 * results, 9 * weight, maps) + _ORDERING * max(0, 9 * weight - _ORDERED) / 1e6,
         "columns": cost("columns", 9 * results, 9 * weight, 9 * results * channels),
     }
+    if "ordered" in kept:
+        costs["ordered"] = cost("ordered", 9 * results, 9 * weight, maps)
     if stride == 1:
         for m in (2, 4):
             n, tiles = (m + 2) ** 2, batch * -(-height // m) * -(-width // m)
             costs[f"winograd{m}"] = cost("winograd", n * tiles, n * weight, n * tiles * (channels + out_channels))
-            if m not in kept:
+            if f"winograd{m}" not in kept:
                 costs[f"winograd{m}"] += _TRANSFORM * n * weight / 1e6
     return min(costs, key=lambda way: costs[way])
+
+
+@cache
+def can_order() -> bool:
+    """Whether this PyTorch has oneDNN, and takes weights in its order (as its own compiler hands them over)."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def ordered(weight: Tensor, stride: int, shape: tuple[int, ...]) -> Tensor:
+    """A weight (O, C, 3, 3) in oneDNN's own order for maps of `shape`, padded by a cell; others are served as well."""
+    dense = weight.detach().to_mkldnn()
+    sides, ones = [stride, stride], [1, 1]
+    reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
+    return reorder(dense, ones, sides, ones, 1, list(shape))
+
+
+def convolve_ordered(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """The 3 x 3 convolution of x (B, C, h, w), a cell of zeros around it, with a weight that is `ordered`."""
+    sides, ones = [stride, stride], [1, 1]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, ones, sides, ones, 1, "none", [], "")
 
 
 def plain(*layers: nn.Module) -> bool:
@@ -145,7 +172,7 @@ class Store(Room):
     @property
     def num_bytes(self) -> int:
         """Bytes that are kept now: transformed weights, and texts with their keys and values."""
-        weights = sum(4 * kept.numel() for _, _, kept in self._weights.values())
+        weights = sum(4 * kept.numel() for _, ways in self._weights.values() for kept in ways.values())
         return weights + sum(each.num_bytes for each in self._contexts)
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor | None:
@@ -153,39 +180,45 @@ class Store(Room):
 
         None where PyTorch's own is that. `weight` (O, C, 3, 3) is a parameter: what is kept goes when it does.
         """
-        before = self._kept(weight)
-        may = (2, 4) if self.most and not weight.is_inference() else ()  # PyTorch counts no changes of those others
-        way = quickest(tuple(x.shape), weight.shape[0], stride, may if before is None else (before[0],))
-        if before is None and way.startswith("winograd") and not self._fits(weight, int(way[-1])):
-            way = quickest(tuple(x.shape), weight.shape[0], stride)
-            may = ()
+        kept = self._kept(weight)
+        may: tuple[str, ...] = ()
+        if self.most and not weight.is_inference():  # PyTorch counts no changes of those others
+            may = KEPT if can_order() else KEPT[1:]
+        shape = tuple(x.shape)
+        way = quickest(shape, weight.shape[0], stride, may)
+        if way in may and way not in kept and not self._fits(weight, way):
+            may = tuple(each for each in may if each in kept or self._fits(weight, each))
+            way = quickest(shape, weight.shape[0], stride, may)
         if way == "direct":
             return None
         if way == "columns":
             return columns(x, weight, bias, stride, self)
-        m = int(way[-1])
-        if before is None and m in may:
-            before = self._keep(weight, m)
-        return convolve(x, weight, bias, m, self, before[1] if before is not None and before[0] == m else None)
+        if way in may and way not in kept:
+            kept = self._keep(weight, way, stride, shape)
+        if way == "ordered":
+            return convolve_ordered(x, kept[way], bias, stride)
+        return convolve(x, weight, bias, int(way[-1]), self, kept.get(way))
 
-    def _kept(self, weight: Tensor) -> tuple[int, Tensor] | None:
-        """m and the transformed weight, if there is one and nothing was written to the weight since."""
+    def _kept(self, weight: Tensor) -> dict[str, Tensor]:
+        """The weight by the ways that it is kept for, if nothing was written to it since."""
         found = self._weights.get(weight)
         if found is None:
-            return None
+            return {}
         if not found[0].still(weight):
             del self._weights[weight]
-            return None
-        return found[1], found[2]
+            return {}
+        return found[1]
 
-    def _fits(self, weight: Tensor, m: int) -> bool:
-        return self.num_bytes + 4 * (m + 2) ** 2 * weight.shape[0] * weight.shape[1] <= self.most
+    def _fits(self, weight: Tensor, way: str) -> bool:
+        products = 9 if way == "ordered" else (int(way[-1]) + 2) ** 2
+        return self.num_bytes + 4 * products * weight.shape[0] * weight.shape[1] <= self.most
 
-    def _keep(self, weight: Tensor, m: int) -> tuple[int, Tensor]:
+    def _keep(self, weight: Tensor, way: str, stride: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            made = transform(weight, m)
-        self._weights[weight] = _Made(weight), m, made
-        return m, made
+            made = ordered(weight, stride, shape) if way == "ordered" else transform(weight, int(way[-1]))
+        _, ways = self._weights.setdefault(weight, (_Made(weight), {}))
+        ways[way] = made
+        return ways
 
     def known(self, context: Tensor) -> Tensor:
         """The tensor that stands for a context (B, L, D): of several that are equal the first, a copy of it.

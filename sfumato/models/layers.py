@@ -137,7 +137,7 @@ def hasten(network: nn.Module, on: bool = True, keep: int = 0) -> None:
     """Let the layers of a network compute in the way that is the fastest for them: float32 on a CPU only.
 
     Results differ by rounding, at most about 1e-4 of their range; gradients of gradients are lost. Without gradients,
-    up to `keep` bytes are kept from call to call: weights as convolutions want them, 1.8 or 4 times what they take, and
+    up to `keep` bytes are kept from call to call: weights as convolutions want them, 1 to 4 times what they take, and
     texts with their keys and values; made anew once PyTorch counts a change (see `Store`). It reaches every module
     that has an attribute `room`.
     """
