@@ -2,7 +2,8 @@
 
 `python -m benchmarks.serving_fuzz` sends 2,000 of them, drawn from `--seed`: pictures that are truncated, damaged,
 bombs, of other types, of 1 px and of many; jobs, A1111's and OpenAI's requests with values of the wrong kind. It writes
-what was answered and the server's memory at the start, in the middle and at the end as JSON to benchmarks/results/.
+what was answered, and the server's memory after a warm-up and each eighth of the requests, as JSON to
+benchmarks/results/. Memory grows until the largest pictures that are allowed have been met, and then no more.
 """
 
 from __future__ import annotations
@@ -184,20 +185,20 @@ def fuzzed(server: Server, count: int, seed: int) -> dict[str, Any]:
     server.start()
     process = server._process
     assert process is not None
-    rss = {}
+    rss: list[float] = []  # after the warm-up, then after each eighth
     began = time.perf_counter()
     with httpx.Client(base_url=server.url, timeout=120, headers={"Authorization": f"Bearer {key}"}) as http:
         fuzz = Fuzz(http, random.Random(seed))
         for number in range(count):
-            if number in (WARM, count // 2):
-                rss["start" if number == WARM else "middle"] = memory(process.pid)
+            if number == WARM or (number > WARM and number % max(1, count // 8) == 0):
+                rss.append(memory(process.pid))
             fuzz.one()
             if process.poll() is not None:
                 break
         seconds = time.perf_counter() - began
         crashed = process.poll() is not None
         if not crashed:
-            rss["end"] = memory(process.pid)
+            rss.append(memory(process.pid))
             crashed = http.get("/readyz").status_code != 200
     return {
         "requests": sum(fuzz.statuses.values()) + fuzz.lost, "statuses": dict(sorted(fuzz.statuses.items())),
