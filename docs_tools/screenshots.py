@@ -33,7 +33,8 @@ DRAWN = (
     "a banana and a red apple on a white background", "a cat on a pink background",
 )  # fmt: skip
 PROMPT, STEPS, SHOWN_AT = "a red apple on a blue background", 40, 12
-SIZE, SHOWN = {"width": 1280, "height": 853}, (900, 600)  # pixels of the window, and of its picture
+SIZE: Any = {"width": 1280, "height": 853}  # pixels of the window
+SHOWN = (900, 600)  # and of its picture
 TERMINAL = (
     'sfumato txt2img --prompt "3d octopus on a blue background" --count 4',
     "sfumato replay outputs/txt2img-samples/samples/00000.png",
@@ -99,7 +100,7 @@ def web_page(out: Path) -> None:
         for job in jobs:
             _wait(lambda job=job: _call(f"{url}/v1/jobs/{job['id']}")["state"] == "done", job["id"])  # type: ignore[misc]
         browser = engine.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
+        page = browser.new_page(viewport=SIZE)
         page.set_default_timeout(120_000)
         page.goto(f"{url}/page/")
         page.get_by_text("Advanced", exact=True).click()
