@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     made = {
         "edit": told,
         "pictures": {"image": original.sha256},
-        "model": {"name": model.name, "hash": model.hash},
-        "made with": made_with(model.device),
+        "model": {"name": model.name, "hash": model.hash, **model.facts},
+        "made with": made_with(model.device, pipeline.fast) | pipeline.ways,
     }
     saver.picture(*protecting.protected(pipeline.result(Job(prompt=wanted), pixels, {}, 0.0), made))
     return 0
