@@ -31,8 +31,7 @@ from sfumato.tasks.scenes import seeds_of
 from sfumato.tasks.speed import Speed, UnchangedExtras, facts_of
 from sfumato.tasks.studio import Studio
 from sfumato.tasks.telling import named_files
-from sfumato.tasks.together import Bar, Failed, Progress, apart, perform
-from sfumato.tasks.together import Observe as Observe  # of the same door
+from sfumato.tasks.together import Bar, Failed, Observe, Progress, apart, perform
 from sfumato.types import Job, Result
 from sfumato.weights.checkpoint import model_of, open_whole
 from sfumato.weights.hub import resolve
@@ -214,6 +213,13 @@ class Pipeline:
         return facts_of(self.model, self.speed.weights, self._ways)
 
     @property
+    def made_with(self) -> dict[str, str]:
+        """What else than the job decides the last bit of a picture."""
+        torch_version = torch.__version__.partition("+")[0]
+        known = {"sfumato": __version__, "torch": torch_version, "device": self.model.device.type}
+        return known | ({"fast": "yes"} if self.fast else {}) | self.ways
+
+    @property
     def fast(self) -> bool:
         """Whether what is drawn now is drawn the fast way: it was asked for, and computes in float32 on a CPU."""
         usual = self.model.device.type == "cpu" and self.model.dtype == torch.float32
@@ -335,14 +341,8 @@ class Pipeline:
             model_hash=self.model.hash,
             model_facts=self.model.facts,
             precision=self.model.precision,
-            made_with=made_with(self.model.device, self.fast) | self.ways,
+            made_with=self.made_with,
         )
-
-
-def made_with(device: torch.device, fast: bool = False) -> dict[str, str]:
-    """What else than the job decides the last bit of a picture."""
-    known = {"sfumato": __version__, "torch": torch.__version__.partition("+")[0], "device": device.type}
-    return known | ({"fast": "yes"} if fast else {})
 
 
 def recipe(result: Result, index: int) -> dict[str, Any]:

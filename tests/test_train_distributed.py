@@ -10,8 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +25,12 @@ from sfumato.train.data import indices_at
 from sfumato.train.distributed import Ranks, gather, joined, own_rows
 from sfumato.train.loop import State, ema_weights, fit, model_weights
 
+from .ranks import on_two_ranks
 from .test_train import Latents, diffusion
 from .test_train_loop import CONFIG, Adversary, Points, Regression, everything, log_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SHARDED = replace(CONFIG, shard=True, batch_size=2)
 
@@ -150,13 +148,7 @@ def runs(tmp_path_factory) -> Path:
     fit(plain(), Points(), replace(CONFIG, steps=4), folder / "file to shards")
     fit(plain(), Points(), replace(CONFIG, steps=4, shard=True), folder / "1 to 2")
     code = f"from pathlib import Path; from tests.test_train_distributed import work; work(Path({str(folder)!r}))"
-    script = folder / "work.py"
-    script.write_text(code)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-6000:]
-    assert (folder / "done-0").exists() and (folder / "done-1").exists()
+    on_two_ranks(code, folder)
     return folder
 
 

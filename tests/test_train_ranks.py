@@ -3,10 +3,7 @@ takes twice the batch in two parts."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,10 +29,10 @@ from sfumato.train.views import Captioned, Shown
 from sfumato.weights.checkpoint import load_model
 from sfumato.weights.files import open_tensors
 from tests.adapters import checkpoint_of
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
 LORA = LoRAConfig("locon", 2, 2.0, ("linear", "conv"))
 
 
@@ -111,16 +108,11 @@ def ckpts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def runs(data: Path, ckpts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks have worked."""
     folder = tmp_path_factory.mktemp("runs")
-    script = folder / "work.py"
-    script.write_text(
+    code = (
         "from pathlib import Path; from tests.test_train_ranks import work\n"
         f"work(Path({str(data)!r}), Path({str(folder)!r}), {ckpts!r})\n"
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-6000:]
-    assert (folder / "done-0").exists() and (folder / "done-1").exists()
+    on_two_ranks(code, folder)
     return folder
 
 

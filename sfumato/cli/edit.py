@@ -49,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     from sfumato.images import read_picture
     from sfumato.images.fitting import fitted
-    from sfumato.pipeline import made_with
     from sfumato.tasks.canvas import flat
     from sfumato.tasks.inversion import inverted, null_text, redrawn
     from sfumato.tasks.scenes import Drawn
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "edit": told,
         "pictures": {"image": original.sha256},
         "model": {"name": model.name, "hash": model.hash, **model.facts},
-        "made with": made_with(model.device, pipeline.fast) | pipeline.ways,
+        "made with": pipeline.made_with,
     }
     saver.picture(*protecting.protected(pipeline.result(Job(prompt=wanted), pixels, {}, 0.0), made))
     return 0

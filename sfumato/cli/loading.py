@@ -98,22 +98,28 @@ def _size_of(path: Path) -> tuple[int, int]:
 
 
 def load(args: argparse.Namespace, device: str | None, precision: str) -> Pipeline:
-    """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such.
-
-    The process keeps the memory that drawing frees: what is drawn next needs as much again.
-    """
-    from sfumato.memory.allocator import keep_freed_memory
-    from sfumato.pipeline import Pipeline, box_path
+    """The pipeline that the flags ask for. A family given by hand is remembered once the file has loaded as such."""
+    from sfumato.pipeline import box_path
     from sfumato.weights.overrides import remember
 
-    keep_freed_memory()
     family = family_flag(args)
-    pipeline = Pipeline.from_pretrained(
-        args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
-        memory=memory_flag(args), adapters=args.adapters, fast=args.fast,
-        **speed_flags(args),
-    )  # fmt: skip
+    pipeline = load_as(args, family, device, precision)
     path = Path(args.ckpt or box_path())
     if family is not None and path.is_file():
         remember(path, family)
     return pipeline
+
+
+def load_as(args: argparse.Namespace, family: Family | None, device: str | None, precision: str) -> Pipeline:
+    """The pipeline that the flags ask for but --family, read as of this family (None: found out); nothing remembered.
+
+    The process keeps the memory that drawing frees: what is drawn next needs as much again.
+    """
+    from sfumato.memory.allocator import keep_freed_memory
+    from sfumato.pipeline import Pipeline
+
+    keep_freed_memory()
+    return Pipeline.from_pretrained(
+        args.ckpt, device, precision, family=family, use_ema=args.ema, vae=args.vae, variant=args.variant,
+        memory=memory_flag(args), adapters=args.adapters, fast=args.fast, **speed_flags(args),
+    )  # fmt: skip

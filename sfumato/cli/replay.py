@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sfumato.cli import names
-from sfumato.cli.loading import add_model_flags, load, memory_flag, speed_flags
+from sfumato.cli.loading import add_model_flags, load, load_as
 from sfumato.cli.plot import cell_of
 from sfumato.cli.protecting import Protecting, add_protecting_flags, carried, redone
 from sfumato.cli.saving import draw_with_bar
@@ -122,20 +122,13 @@ def opened(args: argparse.Namespace, old: Recipe) -> Pipeline:
     A family is remembered for the file only where a person names it now.
     """
     from sfumato.families import find_family
-    from sfumato.memory.allocator import keep_freed_memory
-    from sfumato.pipeline import Pipeline
 
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(old.precision, old.precision)
     flags, device = as_drawn(args, old), args.device or old.made_with.get("device")
     if args.family is not None or flags.family is None:
         pipeline = load(flags, device, precision)
     else:
-        keep_freed_memory()
-        pipeline = Pipeline.from_pretrained(
-            flags.ckpt, device, precision, family=find_family(flags.family), use_ema=flags.ema, vae=flags.vae,
-            variant=flags.variant, memory=memory_flag(flags), adapters=flags.adapters, fast=flags.fast,
-            **speed_flags(flags),
-        )  # fmt: skip
+        pipeline = load_as(flags, find_family(flags.family), device, precision)
     model = pipeline.model
     if model.hash != old.model_hash:
         raise ValueError(

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from sfumato.types import Job, Result
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
-    from sfumato.pipeline import Observe, Pipeline
+    from sfumato.pipeline import Pipeline
+    from sfumato.tasks.together import Observe
 
 
 def _next_number(folder: Path, pattern: str) -> int:

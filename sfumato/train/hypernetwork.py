@@ -32,7 +32,7 @@ class HypernetworkObjective:
                 return plain(x, t, told)
 
         self._inner = objective_of(model, network, predict, diffusion)
-        self.partial = not set(network.config.widths) <= _widths(model)  # of loop.py's Objective
+        self.partial = not set(network.config.widths) <= context_widths(model)  # of loop.py's Objective
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean error. Captions' states that lie with cached latents are used, but not for XL: they lack a part."""
@@ -54,7 +54,7 @@ def new_hypernetwork(
     """
     check_trainable(model)
     rest(model)
-    there = _widths(model)
+    there = context_widths(model)
     config = config or HypernetworkConfig(widths=tuple(sorted(there)))
     if not there & set(config.widths):
         raise ValueError(f"widths={config.widths}: this U-Net has {', '.join(map(str, sorted(there)))}")
@@ -63,8 +63,8 @@ def new_hypernetwork(
     return HypernetworkObjective(model, network.to(model.device), name, diffusion or DiffusionConfig())
 
 
-def _widths(model: Model) -> set[int]:
-    """The widths that the U-Net's attentions have."""
+def context_widths(model: Model) -> set[int]:
+    """The widths of context that the U-Net's attentions have."""
     return {part.context_dim for part in model.unet.modules() if isinstance(part, CrossAttention)}
 
 

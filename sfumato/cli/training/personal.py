@@ -178,6 +178,7 @@ def run_hypernetwork(args: argparse.Namespace) -> int:
     """`sfumato train hypernetwork`."""
     from sfumato.models.hypernetwork import HypernetworkConfig
     from sfumato.train import personal
+    from sfumato.train.hypernetwork import context_widths
 
     shape = {
         "layers": tuple(int(each) if each == int(each) else each for each in args.layers),
@@ -185,7 +186,7 @@ def run_hypernetwork(args: argparse.Namespace) -> int:
     }  # fmt: skip
     HypernetworkConfig(**shape)
     setup = _setup(args)
-    config = HypernetworkConfig(_widths(setup.model), **shape)
+    config = HypernetworkConfig(tuple(sorted(context_widths(setup.model))), **shape)
     return _run(lambda: personal.hypernetwork(setup, config), setup, args)
 
 
@@ -262,13 +263,6 @@ def _prior(args: argparse.Namespace) -> Prior | None:
     if count is None:
         count = CLASS_COUNT if pictures is None else len(pictures)
     return Prior(PriorConfig(args.class_prompt, count, args.prior_weight), pictures, args.class_steps)
-
-
-def _widths(model: Model) -> tuple[int, ...]:
-    """The widths of context that a U-Net's attentions have."""
-    from sfumato.models.transformer import CrossAttention
-
-    return tuple(sorted({part.context_dim for part in model.unet.modules() if isinstance(part, CrossAttention)}))
 
 
 def _annotator(name: str, model: Model) -> Annotate:
