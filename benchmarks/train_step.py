@@ -64,7 +64,7 @@ def networks(shape: Shape) -> dict[str, nn.Module]:
     return {"sfumato": ours.requires_grad_(True).train(), "diffusers": theirs.requires_grad_(True).train()}
 
 
-def stepper(name: str, network: nn.Module, shape: Shape) -> Callable[[int], float]:
+def stepper(name: str, network: nn.Module, shape: Shape, precision: str) -> Callable[[int], float]:
     """A function that takes training step number n and returns its loss."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
     average = copy.deepcopy([p.detach() for p in network.parameters()])
@@ -81,7 +81,9 @@ def stepper(name: str, network: nn.Module, shape: Shape) -> Callable[[int], floa
         t = torch.randint(1000, (shape.batch,), generator=generator)
         context = torch.randn(shape.batch, 77, unet.context_dim, generator=generator)
         target = torch.randn(x.shape, generator=generator)
-        loss = (predict(x, t, context) - target).square().mean()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            answer = predict(x, t, context)
+        loss = (answer.float() - target).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -92,9 +94,9 @@ def stepper(name: str, network: nn.Module, shape: Shape) -> Callable[[int], floa
     return step
 
 
-def measured(shape: Shape, turns: int) -> dict[str, object]:
+def measured(shape: Shape, turns: int, precision: str) -> dict[str, object]:
     """Losses of three steps, then seconds of `turns` steps of each in turn."""
-    steps = {name: stepper(name, network, shape) for name, network in networks(shape).items()}
+    steps = {name: stepper(name, network, shape, precision) for name, network in networks(shape).items()}
     losses = {name: [step(number) for number in range(3)] for name, step in steps.items()}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     processor: dict[str, list[float]] = {name: [] for name in steps}
@@ -116,11 +118,12 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast, both")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = {name: measured(SHAPES[name], args.turns) for name in args.shapes}
+    found = {name: measured(SHAPES[name], args.turns, args.precision) for name in args.shapes}
     for name, row in found.items():
         medians = {who: statistics.median(values) for who, values in row["wall"].items()}  # type: ignore[attr-defined]
         ratios: dict[str, float] = row["times_as_fast"]  # type: ignore[assignment]

@@ -60,6 +60,23 @@ def test_sliced_attention_is_the_same(causal: bool, rows: int) -> None:
     assert torch.allclose(attend(q, k, v, 3, causal, query_rows=rows), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_half_precision_is_trained_in_float32(causal: bool) -> None:
+    torch.manual_seed(0)
+    halves = [torch.randn(2, 9, 12).bfloat16().requires_grad_() for _ in range(3)]
+    wholes = [half.detach().float().requires_grad_() for half in halves]
+    out, exact = attend(*halves, 3, causal), attend(*wholes, 3, causal)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16())  # rounded once, at the end
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend(*halves, 3, causal), out)
+    out.float().square().sum().backward()
+    exact.bfloat16().float().square().sum().backward()
+    for half, whole in zip(halves, wholes, strict=True):
+        assert half.grad is not None and whole.grad is not None
+        assert torch.allclose(half.grad.float(), whole.grad, rtol=1e-2, atol=1e-3)
+
+
 def test_slices_bound_the_scores_of_one_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     x, t, context, z = noise(2, 4, 8, 8), torch.tensor([3.0, 500.0]), noise(2, 7, 16), noise(2, 4, 8, 8)

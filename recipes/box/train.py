@@ -30,7 +30,7 @@ from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
 from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
-from sfumato.train.config import DECAYS
+from sfumato.train.config import DECAYS, PRECISIONS
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
@@ -71,6 +71,7 @@ class Options:
     batch: int
     decay: str
     min_snr: float
+    precision: str
 
 
 def state_path(run: str) -> Path:
@@ -190,7 +191,7 @@ def train_diffusion(options: Options) -> None:
     objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, weighting)
     config = LoopConfig(
         options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=1000,
-        warmup=200, ema_decay=0.999,
+        warmup=200, ema_decay=0.999, precision=options.precision,
     )  # fmt: skip
     if options.start and not state_path(options.run).exists():
         weights = network.state_dict() | ema_weights(state_path(options.start))
@@ -261,6 +262,9 @@ def main() -> None:
     parser.add_argument(
         "--min-snr", type=float, default=5.0, help="gamma of diffusion's weights; 0: plain (default: 5)"
     )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of diffusion's arithmetic (default: fp32)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start from random weights, not the shipped")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
@@ -278,6 +282,7 @@ def main() -> None:
         args.batch,
         args.decay,
         args.min_snr,
+        args.precision,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))

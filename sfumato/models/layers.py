@@ -32,11 +32,22 @@ def attend(
         return z.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
 
     q, k, v = split(q), split(k), split(v)
+    if _is_slow_in_half(q, k, v):
+        with torch.autocast("cpu", enabled=False):
+            whole = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
+        return whole.transpose(1, 2).reshape(batch, length, width).to(q.dtype)
     if query_rows is None or length <= query_rows:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     else:
         out = _attend_in_parts(q, k, v, causal, query_rows)
     return out.reshape(batch, length, width)
+
+
+def _is_slow_in_half(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's backward pass takes longer in this precision than in float32: 16 bits on a CPU."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad):
+        return False
+    return q.dtype in (torch.bfloat16, torch.float16)
 
 
 def attention_map(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
