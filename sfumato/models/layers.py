@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from sfumato.models.inference import Store, may_be_kept
 from sfumato.models.winograd import Columns, Winograd, fastest
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False, query_rows: int | None = None
@@ -47,7 +49,7 @@ def _is_slow_in_half(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether PyTorch's backward pass takes longer in this precision than in float32: 16 bits on a CPU."""
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad):
         return False
-    return q.dtype in (torch.bfloat16, torch.float16)
+    return q.dtype in HALVES
 
 
 def attention_map(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
@@ -133,7 +135,26 @@ def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
     """Group normalisation (Wu & He 2018); ValueError where the groups do not divide the channels."""
     if groups < 1 or channels % groups:
         raise ValueError(f"norm_groups={groups} must divide the channel count {channels}")
-    return nn.GroupNorm(groups, channels, eps=eps, affine=True)
+    return GroupNorm(groups, channels, eps=eps, affine=True)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's; small maps of few channels a group in 16 bits on a CPU go through float32.
+
+    Those that lie channels last take PyTorch 4 to 6 times as long in 16 bits as in 32: benchmarks/quick.py.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._is_slow_in_half(input):
+            weight, bias = self.weight.float(), self.bias.float()
+            with torch.autocast("cpu", enabled=False):
+                return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+        return super().forward(input)
+
+    def _is_slow_in_half(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype not in HALVES or x.dim() != 4 or x.is_contiguous():
+            return False
+        return self.num_channels // self.num_groups < 16 and x.shape[2] * x.shape[3] < 1024
 
 
 class Embedding(nn.Embedding):
