@@ -31,6 +31,7 @@ from sfumato.pipeline import Pipeline, box_path
 from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
 from sfumato.train.config import DECAYS, PRECISIONS
+from sfumato.train.critic import CriticConfig, PatchCritic
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
 from sfumato.train.loop import LoopConfig, State, ema_weights, fit
@@ -111,18 +112,36 @@ def train_autoencoder(options: Options) -> None:
     fit(AutoencoderObjective(network, loss), data, config, RUNS / options.run)
 
 
+def train_decoder(options: Options) -> None:
+    """Latents -> pictures once more, the latents as they are: a critic asks for edges as sharp as real ones."""
+    loss = AutoencoderLoss(
+        crop=BOX.size // 2, decoder_only=True, critic_weight=0.15, critic_start=options.steps // 4
+    )  # fmt: skip
+    config = LoopConfig(
+        options.steps, batch_size=16, lr=options.lr, decay="cosine", weight_decay=0.0, ema_decay=0.998, warmup=50,
+        checkpoint_every=250, precision=options.precision,
+    )  # fmt: skip
+    network = trained_autoencoder().requires_grad_(True)
+    critic = PatchCritic(CriticConfig(channels=32, num_layers=2)).initialise(0)
+    data = CaptionedShards(options.data, BOX.size, keep_in_memory=False)
+    fit(AutoencoderObjective(network, loss, critic=critic), data, config, RUNS / options.run)
+
+
 def train_clip(options: Options) -> None:
     """Both towers; the text tower is kept."""
     torch.manual_seed(0)
     objective = CLIPObjective(CLIP(CLIP_CONFIG), ClipTokenizer(TOWER.config.vocab_size))
-    config = LoopConfig(options.steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99)
-    fit(objective, CaptionedShards(options.data, BOX.size), config, RUNS / "clip")
+    config = LoopConfig(
+        options.steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99,
+        precision=options.precision,
+    )  # fmt: skip
+    fit(objective, CaptionedShards(options.data, BOX.size), config, RUNS / options.run)
 
 
-def trained_autoencoder() -> Autoencoder:
-    """The averaged weights of stage one."""
+def trained_autoencoder(run: str = AUTOENCODER) -> Autoencoder:
+    """The averaged weights of a run; of one that trained the decoder alone, with the encoder that it began with."""
     network = Autoencoder(BOX.autoencoder)
-    network.load_state_dict(ema_weights(state_path(AUTOENCODER)))
+    network.load_state_dict(ema_weights(state_path(AUTOENCODER)) | ema_weights(state_path(run)))
     place(network, CPU, torch.float32)
     return network.eval().requires_grad_(False)
 
@@ -214,7 +233,8 @@ def export_box(path: Path, run: str) -> None:
     """The runs' averaged weights as one checkpoint of the box family."""
     weights = ema_weights(state_path(run))
     text = part_of(weights, "text") or trained_text().state_dict()
-    parts = {"unet": part_of(weights, "unet"), "text": text, "autoencoder": trained_autoencoder().state_dict()}
+    sharper = "decoder" if state_path("decoder").exists() else AUTOENCODER  # its latents are the same
+    parts = {"unet": part_of(weights, "unet"), "text": text, "autoencoder": trained_autoencoder(sharper).state_dict()}
     save_checkpoint(path, BOX, parts)
 
 
@@ -233,13 +253,14 @@ def draw_watched(checkpoint: Path, sheet: Path) -> None:
 def unpack(options: Options) -> None:
     """Lay out the shipped box as runs at step 0, so that training goes on from it where the runs are gone."""
     model = load_model(box_path())
-    begin("autoencoder", model.autoencoder.state_dict(), model.hash)
+    begin(AUTOENCODER, model.autoencoder.state_dict(), model.hash)
     begin("clip", model.texts[0].state_dict(), model.hash)
     begin("diffusion", nn.ModuleDict({"unet": model.unet}).state_dict(), model.hash)
 
 
 STAGES: dict[str, Callable[[Options], None]] = {
     "autoencoder": train_autoencoder,
+    "decoder": train_decoder,
     "clip": train_clip,
     "latents": cache_latents,
     "diffusion": train_diffusion,
@@ -262,13 +283,11 @@ def main() -> None:
     parser.add_argument(
         "--min-snr", type=float, default=5.0, help="gamma of diffusion's weights; 0: plain (default: 5)"
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of diffusion's arithmetic (default: fp32)"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the arithmetic (default: fp32)")
     parser.add_argument("--fresh", action="store_true", help="start from random weights, not the shipped")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
-    if args.stage in ("autoencoder", "clip", "diffusion") and args.steps < 1:
+    if args.stage in ("autoencoder", "decoder", "clip", "diffusion") and args.steps < 1:
         parser.error(f"--steps {args.steps}: say up to which step to train")
     run = args.run or ("diffusion" if args.stage == "export" else args.stage)
     options = Options(
