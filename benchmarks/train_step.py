@@ -5,7 +5,9 @@
 Both networks hold the same weights and see the same batches; a step is forward, mean squared error, backward, clipped
 gradients, AdamW and the running average, all of it the same code for both. First the losses of three steps are
 compared: nobody is fast by being wrong. Then single steps in turn (A B A B ...), as wall seconds and as seconds of the
-processor, which other work on the machine disturbs less. The result goes to benchmarks/results/.
+processor, which other work on the machine disturbs less. The result goes to benchmarks/results/, in a file for
+each kind of processor; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 is one without
+AVX-512, SFUMATO_KERNELS=0 one without a compiler.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.random_weights import write_random
 from sfumato.families import BOX, SD1, Family
+from sfumato.kernels.build import library
+from sfumato.models import costs
 from sfumato.models.layers import hasten
 from sfumato.models.unet import UNetConfig
 from sfumato.weights.checkpoint import load_model
@@ -133,8 +137,16 @@ def main() -> None:
             f"losses apart by {row['losses_apart']:.1e}"
         )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train_step-{date.today().isoformat()}.json"
-    machine = {"processor": platform.machine(), "threads": args.threads, "torch": torch.__version__}
+    capability, kernels = costs.capability(), "compiled" if library() else "none"
+    parts = "train_step", capability, args.precision, "" if library() else "no-kernels", date.today().isoformat()
+    path = RESULTS / f"{'-'.join(part for part in parts if part)}.json"
+    machine = {
+        "processor": platform.machine(),
+        "capability": capability,
+        "kernels": kernels,
+        "threads": args.threads,
+        "torch": torch.__version__,
+    }
     path.write_text(json.dumps({"machine": machine, "shapes": found}, indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.harness import apart, keep, median, paired, ratio, roofline
 from benchmarks.random_weights import random_tensor
 from sfumato.families import BOX, SD1, Family
+from sfumato.models.costs import capability
 from sfumato.models.layers import Conv2d, hasten
 from sfumato.models.unet import UNet
 from sfumato.weights.layouts.diffusers_configs import folder_files
@@ -240,7 +241,7 @@ def main() -> None:
         family, px = (BOX, BOX.size) if size == "box" else (SD1, int(size))
         figures[size] = measured(family, px // family.autoencoder.factor, args)
         tell(size, figures[size])
-    print(keep("unet_call", {"sizes": figures}))
+    print(keep(f"unet_call-{capability()}", {"sizes": figures}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MOST = {"wheel": 45_000_000, "source": 60_000_000}  # bytes; the box is 39 MB of them
-NEEDED = ("sfumato/box.safetensors", "sfumato/py.typed", "sfumato/__init__.pyi", "sfumato/cli/main.py")
+NEEDED = (
+    "sfumato/box.safetensors",
+    "sfumato/py.typed",
+    "sfumato/__init__.pyi",
+    "sfumato/cli/main.py",
+    "sfumato/kernels/winograd.cpp",
+    "sfumato/kernels/vectors.h",
+)
 FORBIDDEN = ("tests/", "runs/", "data/", "outputs/", "docs_tools/", "recipes/", "__pycache__/")
 
 

@@ -18,10 +18,13 @@ from sfumato import __version__
 from sfumato.engine import Engine
 from sfumato.families import Family, Model, find_family
 from sfumato.images import Picture, picture_from
-from sfumato.memory import apply, budget, describe, free_memory, plan
+from sfumato.kernels.build import library
+from sfumato.memory import MAX_PICTURES, MAX_ROWS, Bounds, apply, budget, describe, free_memory, plan
+from sfumato.memory.estimate import most_kept
+from sfumato.memory.planning import query_rows_of
 from sfumato.models.compiling import Compiled
 from sfumato.models.graphs import Graphs
-from sfumato.models.layers import hasten
+from sfumato.models.layers import hasten, slice_attention
 from sfumato.tasks.catalogue import task_of
 from sfumato.tasks.checks import complete, job_to_dict
 from sfumato.tasks.extras import Extras
@@ -43,7 +46,6 @@ from sfumato.weights.upscalers import Upscaler
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"full": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAX_PICTURES = 4  # decoded at once
 
 
 def box_path() -> Path:
@@ -66,12 +68,18 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`full` is float32; `autocast` is half precision on a GPU and float32 on a CPU, where half is slower."""
+    """`full` is float32; `autocast` is half precision on a GPU and float32 on a CPU, of which few have more."""
     if precision == "autocast":
         return torch.float32 if device.type == "cpu" else torch.float16
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: one of autocast, {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 (AVX512-BF16): there it is the quickest precision of a CPU."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked())
 
 
 def moved(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
@@ -111,7 +119,7 @@ class Pipeline:
     def __init__(
         self,
         model: Model,
-        max_rows: int = 32,
+        max_rows: int = MAX_ROWS,
         tile: int | None = None,
         max_pictures: int = MAX_PICTURES,
         adapters: Shelf | None = None,
@@ -160,6 +168,8 @@ class Pipeline:
         chosen, speed = choose_device(device), Speed(compile, graphs, weights)
         speed.check(chosen, fast)
         dtype = choose_dtype(precision, chosen)
+        if chosen.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not has_bfloat16())):
+            log.warning("precision: this CPU has no instructions for %s, which float32 is quicker than", precision)
         path = box_path() if path_or_id is None else resolve(path_or_id, variant=variant)
         family = find_family(family) if isinstance(family, str) else family
         other = None if vae is None else resolve(vae, variant=variant, field="vae")
@@ -188,7 +198,8 @@ class Pipeline:
         width, height = memory.width or family.size, memory.height or family.size
         if min(width, height) < family.size_step:
             raise ValueError(f"width={width}, height={height}: {family.size_step} px or more are needed")
-        found = plan(family, width, height, memory.count, budget(memory.vram, device), device, dtype, speed.weights)
+        most = budget(memory.vram, device)
+        found = plan(family, width, height, memory.count, most, device, dtype, speed.weights, fast)
         log.info("%s", describe(found))
         model = loaded(checkpoint, torch.device("cpu") if found.offload else device, found.dtype, speed)
         model = replace(model, device=device)
@@ -200,6 +211,8 @@ class Pipeline:
         if self.fast_bytes is not None:  # who trains has hastened what it draws with
             hasten(self.model.unet, keep=self.fast_bytes)
             hasten(self.model.autoencoder)
+            if not self.fast:
+                log.warning("fast: nothing is faster on %s in %s", self.model.device, self.model.precision)
         for way in self._ways:
             way.remove()
         self._ways = self.speed.ready(self.model)
@@ -217,13 +230,35 @@ class Pipeline:
         """What else than the job decides the last bit of a picture."""
         torch_version = torch.__version__.partition("+")[0]
         known = {"sfumato": __version__, "torch": torch_version, "device": self.model.device.type}
-        return known | ({"fast": "yes"} if self.fast else {}) | self.ways
+        return known | ({"fast": "yes"} if self.fast else {}) | self.ways | self.bounds.facts
+
+    @property
+    def bounds(self) -> Bounds:
+        """How much is computed at once, and kept where what is asked for may not all fit."""
+        short = self.fast and self.fast_bytes is not None and self.fast_bytes < most_kept(self.model.family)
+        kept = self.fast_bytes if short else None
+        return Bounds(self.engine.max_rows, self.max_pictures, query_rows_of(self.model), self.tile, kept)
+
+    def bound(self, bounds: Bounds) -> None:
+        """Compute so much at once from now on; hastened layers keep no more than this and what they had room for."""
+        with self.busy:
+            self.engine.max_rows, self.max_pictures, self.tile = bounds.max_rows, bounds.max_pictures, bounds.tile
+            for network in (self.model.unet, self.model.autoencoder):
+                slice_attention(network, bounds.query_rows)
+            if self.fast_bytes is not None and bounds.fast_bytes is not None:
+                self.fast_bytes = min(self.fast_bytes, bounds.fast_bytes)
+                self._hasten()
 
     @property
     def fast(self) -> bool:
-        """Whether what is drawn now is drawn the fast way: it was asked for, and computes in float32 on a CPU."""
-        usual = self.model.device.type == "cpu" and self.model.dtype == torch.float32
-        return self.fast_bytes is not None and usual and not torch.is_autocast_enabled("cpu")
+        """Whether what is drawn now is drawn the fast way: it was asked for, on a CPU, and there is one.
+
+        In float32 there always is; in bfloat16, which autocast may be as well, it is the compiled kernels.
+        """
+        if self.fast_bytes is None or self.model.device.type != "cpu":
+            return False
+        half = torch.is_autocast_enabled("cpu") or self.model.dtype != torch.float32
+        return not half or (self.model.dtype != torch.float16 and library() is not None)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, and compute in another precision; None leaves as it is. Returns the pipeline itself."""

@@ -176,8 +176,8 @@ def test_original_script_defaults():
     assert (args.prompt, args.n_iter, args.n_samples) == ("a painting of a virus monster playing guitar", 2, 3)
     assert (args.steps, args.guidance, args.seed, args.precision) == (50, 7.5, 42, "autocast")
     assert (args.outdir, args.style.sampler, args.n_rows) == ("outputs/txt2img-samples", "ddim", 0)
-    jobs = list(drawing.jobs_of(args))
-    assert [(job.seed, job.count) for iteration in jobs for job in iteration] == [(42, 3), (45, 3)]
+    asked = [each for iteration in drawing.asked_of(args) for each in iteration]
+    assert [(job.seed, job.count) for each in asked for job in each.jobs] == [(42, 3), (45, 3)]
 
 
 def test_original_script_runs(tiny_checkpoint, tmp_path):
@@ -271,6 +271,78 @@ def test_bad_prompt_file(tiny_checkpoint, tmp_path, capsys, content, words):
     assert all(word in line for word in ["from-file=", *words]), line
 
 
+def lines_of(path: Path, *lines: str) -> list[str]:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ["--from-file", str(path), "--seed", "3"]
+
+
+def drawn_of(outdir: Path) -> list[tuple[str, int]]:
+    recipes = [load_png(path)[1] for path in sorted((outdir / "samples").iterdir())]
+    return [(recipe["job"]["prompt"], recipe["seed"]) for recipe in recipes]
+
+
+def test_a_bad_line_is_told_and_the_others_are_drawn(tiny_checkpoint, tmp_path, capsys, caplog):
+    """Wrong in itself (told before the first is drawn), or when it is drawn; seeds and pictures stay as they were."""
+    (tmp_path / "words.txt").write_text("forbidden\n", encoding="utf-8")
+    lines = ("a cat", "", "forbidden things", "a <lora:nothing:1>", "a dog")
+    flags = [*lines_of(tmp_path / "p.txt", *lines), "--refuse-words", str(tmp_path / "words.txt")]
+    assert draw(tiny_checkpoint, tmp_path / "out", *flags) == 1
+    assert drawn_of(tmp_path / "out") == [("a cat", 3), ("a dog", 6)]
+    with Image.open(tmp_path / "out" / "grid-0000.png") as grid:
+        assert grid.size == (2 * 18 + 2, 18 + 2)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(":")[0] for text in said[:2]] == ["line 3 is left out", "line 4, seed=5 is not drawn"]
+    assert "forbidden" in said[0] and "nothing" in said[1]
+    assert said[2:] == ["2 of 4 were not drawn, or not all of their pictures"]
+    assert all(record.exc_info is None for record in caplog.records)
+    alone = ["--prompt", "a dog", "--seed", "6"]
+    assert draw(tiny_checkpoint, tmp_path / "alone", *alone) == 0
+    pictures = [load_png(tmp_path / name)[0] for name in ("out/samples/00001.png", "alone/samples/00000.png")]
+    assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "words"),
+    [
+        (("one thing", "two things"), ("--refuse-words", "words.txt"), ["line 1: ", "refused", "one"]),
+        (("a", "b"), ("--steps", "0"), ["error: steps=0"]),
+        (("a <lora:one:1>", "b <lora:two:1>"), (), ["lora='one'"]),
+    ],
+)
+def test_a_file_of_bad_lines_alone_is_an_error(tiny_checkpoint, tmp_path, capsys, monkeypatch, lines, flags, words):
+    (tmp_path / "words.txt").write_text("one\ntwo\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert draw(tiny_checkpoint, tmp_path / "out", *lines_of(tmp_path / "p.txt", *lines), *flags) == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_fault_in_one_of_several_is_told_with_its_trace(tiny_checkpoint, tmp_path, capsys, caplog, monkeypatch):
+    from sfumato import pipeline
+
+    original = pipeline.complete
+
+    def faulty(job, *args):
+        if job.seed == 43:
+            raise ArithmeticError("a fault of ours")
+        return original(job, *args)
+
+    monkeypatch.setattr(pipeline, "complete", faulty)
+    assert draw(tiny_checkpoint, tmp_path, "--prompt", "x", "--n_iter", "3", "--skip_grid") == 1
+    assert drawn_of(tmp_path) == [("x", 42), ("x", 44)]
+    [told] = [record for record in caplog.records if "seed=43 is not drawn: a fault of ours" in record.getMessage()]
+    assert told.exc_info is not None and told.exc_info[0] is ArithmeticError
+    with pytest.raises(ArithmeticError):
+        draw(tiny_checkpoint, tmp_path, "--prompt", "x", "--seed", "43")
+
+
+def test_a_full_disk_ends_a_file_of_prompts(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(saving.Saver, "picture", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+    assert draw(tiny_checkpoint, tmp_path / "out", *lines_of(tmp_path / "p.txt", "a", "b")) == 2
+    assert "No space" in one_line(capsys)
+
+
 def test_outdir_that_cannot_be_written(tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert draw(tiny_checkpoint, tmp_path / "file" / "below", "--prompt", "x") == 2
@@ -291,7 +363,7 @@ def test_full_disk_leaves_no_half_file(tiny_checkpoint, tmp_path, capsys, monkey
 
 
 def test_ctrl_c_keeps_finished_pictures(tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    original, calls = Pipeline.draw, []
+    original, calls = Pipeline.draw_each, []
 
     def interrupted(self, job, *args, **more):
         calls.append(job)
@@ -299,7 +371,7 @@ def test_ctrl_c_keeps_finished_pictures(tiny_checkpoint, tmp_path, capsys, monke
             raise KeyboardInterrupt
         return original(self, job, *args, **more)
 
-    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    monkeypatch.setattr(Pipeline, "draw_each", interrupted)
     assert draw(tiny_checkpoint, tmp_path, "--prompt", "x", "--n_iter", "5") == 130
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["00000.png", "00001.png", "grid-0000.png"]
     assert "kept" in capsys.readouterr().err

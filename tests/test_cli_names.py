@@ -22,6 +22,7 @@ from sfumato.images import UPSCALERS, moving
 from sfumato.images.annotate import ANNOTATORS
 from sfumato.images.fitting import FITS
 from sfumato.models import beside, hypernetwork
+from sfumato.pipeline import PRECISIONS
 from sfumato.prompts.weighting import WEIGHTINGS
 from sfumato.tasks import checks, picture_checks, pictures, previews
 from sfumato.tasks.plot import field_kinds
@@ -99,6 +100,7 @@ OWNERS = {
     "ACTIVATIONS": hypernetwork.ACTIVATIONS,
     "WEIGHT_INITS": hypernetwork.WEIGHT_INITS,
     "CROPS": bucketed.CROPS,
+    "COMPUTED": ("autocast", *PRECISIONS),
 }
 NUMBERS = {
     "MOST_BITS": duplicates.MOST,
@@ -151,4 +153,4 @@ def test_the_kinds_of_fields_are_their_types():
 
 def test_every_name_is_held_to_its_owner():
     public = {name for name in vars(names) if name.isupper() and not name.startswith("_")}
-    assert public == {*OWNERS, *NUMBERS, "PRESETS", "ANNOTATOR_OPTIONS", "PRECISIONS", "RANGES"}
+    assert public == {*OWNERS, *NUMBERS, "PRESETS", "ANNOTATOR_OPTIONS", "PRECISIONS", "COMPUTED_HELP", "RANGES"}

@@ -215,6 +215,33 @@ def test_whole_weights_learn_and_the_teacher_rests(latents: Path, tmp_path: Path
     assert not torch.allclose(unet_output(found), unet_output(model_of("sd1")), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_gradients_in_16_bits_are_those_of_32(kind: str, latents: Path) -> None:
+    """Captions' states that were kept, a guided teacher and a target go through autocast with the student."""
+
+    def gradients(precision: str) -> dict[str, Tensor]:
+        model = model_of("sd1")
+        if kind == "whole":
+            objective = whole_consistency(model, CONFIG)
+        else:
+            objective = beside_consistency(model, CONFIG, SMALL, torch.Generator().manual_seed(0))[0]
+            for number, parameter in enumerate(objective.network.parameters()):  # from 0 half of them have no gradient
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.data += 0.05 * noise
+        batch = batch_of(latents)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = objective.loss(batch, torch.Generator().manual_seed(5))
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in objective.network.named_parameters()}
+        return {name: grad.float() for name, grad in found.items() if grad is not None}
+
+    exact, rounded = gradients("fp32"), gradients("bf16")
+    assert rounded.keys() == exact.keys()
+    flat = [torch.cat([each[name].flatten() for name in exact]) for each in (exact, rounded)]
+    likeness = float(torch.cosine_similarity(*flat, dim=0))
+    assert likeness > 0.97, likeness
+
+
 def test_it_goes_on_as_if_it_never_stopped(latents: Path, tmp_path: Path) -> None:
     def run(folder: Path, *steps: int) -> bytes:
         for count in steps:
@@ -241,7 +268,7 @@ def test_the_command_and_what_it_draws(latents: Path, tmp_path: Path, capsys: py
         save_png(folder / f"{index}.png", np.full((64, 64, 3), 40 * index, np.uint8))
         (folder / f"{index}.txt").write_text("grey")
     out = [*flags[:2], "--out", str(tmp_path / "other"), *flags[4:], "--full", "--name", "whole"]
-    assert main(["train", "consistency", *out, "--data", str(folder)]) == 0
+    assert main(["train", "consistency", *out, "--data", str(folder), "--precision", "bf16"]) == 0
     assert load_model(tmp_path / "other" / "whole.safetensors").family.name == model_of("sd1").family.name
 
 

@@ -243,12 +243,14 @@ def test_the_original_scripts_flags_and_defaults() -> None:
     assert (args.prompt, args.n_iter, args.n_samples) == ("a painting of a virus monster playing guitar", 1, 2)
     assert (args.steps, args.guidance, args.strength, args.seed) == (50, 5.0, 0.75, 42)
     assert (args.outdir, args.precision, args.n_rows) == ("outputs/img2img-samples", "autocast", 0)
-    [[job]] = drawing.jobs_of(args)
+    [[asked]] = drawing.asked_of(args)
+    [job] = asked.jobs
     assert (job.image, job.sampler, job.count, job.strength, job.seed) == ("a.png", "ddim", 2, 0.75, 42)
     words = "--init-img a.png --plms --skip_grid --skip_save --fixed_code --C 4 --f 8 --n_rows 3 --precision full"
     args = drawing.original_script(img2img.ORIGINAL, "img2img.py", [*words.split(), "--ddim_eta", "0", "--scale", "7"])
     assert (args.plms, args.skip_grid, args.skip_save, args.fixed_code, args.n_rows) == (True, True, True, True, 3)
-    [[job]] = drawing.jobs_of(args)
+    [[asked]] = drawing.asked_of(args)
+    [job] = asked.jobs
     assert (job.sampler, job.guidance, job.eta) == ("plms", 7.0, 0.0)
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "sfumato"
 LAYERS = (
     ("types",),
     ("images",),
+    ("kernels",),
     ("models",),
     ("diffusion",),
     ("prompts",),
@@ -28,7 +29,11 @@ LAYERS = (
     ("cli",),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-FORBIDDEN = {"models": set(HEIGHT) - {"models"}, "diffusion": {"models"}}  # beyond what the order forbids
+FORBIDDEN = {
+    "models": set(HEIGHT) - {"models", "kernels"},
+    "kernels": set(HEIGHT) - {"kernels"},
+    "diffusion": {"models"},
+}  # beyond what the order forbids
 PEERS = {
     "diffusers",
     "transformers",

@@ -19,15 +19,25 @@ from torch.utils._pytree import tree_leaves
 
 from sfumato import memory
 from sfumato.families import BOX, SD1, XL, Family, Model
-from sfumato.memory import GIB, Plan, moving
-from sfumato.memory.estimate import Kernels, decoder_tensors, network_numbers, unet_tensors
+from sfumato.memory import GIB, Bounds, Plan, bounds_of, moving
+from sfumato.memory.estimate import (
+    Kernels,
+    decoder_room,
+    decoder_tensors,
+    most_kept,
+    network_numbers,
+    unet_room,
+    unet_tensors,
+)
 from sfumato.memory.moving import Unit, units_of
-from sfumato.models import tiling
+from sfumato.models import inference, tiling
 from sfumato.models.autoencoder import AttnBlock, Autoencoder
 from sfumato.models.clip import CLIPText, CLIPTextConfig
-from sfumato.models.layers import attend, slice_attention
+from sfumato.models.inference import KEPT
+from sfumato.models.layers import attend, hasten, slice_attention
 from sfumato.models.tokenizer import ClipTokenizer
 from sfumato.models.unet import UNet
+from sfumato.pipeline import Memory, Pipeline
 from sfumato.tasks import decoding
 from sfumato.weights.parts import build
 from sfumato.weights.placing import fill, place
@@ -672,6 +682,114 @@ def test_applying_a_plan() -> None:
     moved.remove()
     assert memory.apply(plain, model) is None
     assert torch.equal(draw(model), expected)
+
+
+def test_bounds_and_what_a_recipe_says_of_them() -> None:
+    bounds, usual = Bounds(max_rows=2, query_rows=256, tile=512), Bounds()
+    assert usual.facts == {} and bounds_of({"sfumato": "1", "device": "cpu"}) == usual
+    assert bounds.facts == {"max_rows": "2", "query_rows": "256", "tile": "512"}
+    assert bounds_of(bounds.facts) == bounds
+    kept = Bounds(max_rows=64, tile=256, fast_bytes=0)
+    assert bounds_of(kept.facts) == kept
+    assert bounds.within(kept) == kept.within(bounds) == Bounds(2, 4, 256, 256, 0)
+    assert usual.within(usual) == usual
+    for name, told in (("tile", "0"), ("max_rows", "two"), ("fast_bytes", "-1"), ("query_rows", "")):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={told!r}: a whole number")):
+            bounds_of({name: told})
+
+
+def go(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """See that hastened layers go one way, whatever is quickest here; columns where the weight is the larger part."""
+
+    def chosen(shape: tuple[int, ...], outs: int, stride: int, *_: object) -> str:
+        if way == "ordered" or (way != "columns" and stride == 1):
+            return way
+        results = shape[0] * -(-shape[2] // stride) * -(-shape[3] // stride)
+        return "columns" if results <= 4 * outs else "direct"
+
+    monkeypatch.setattr(inference, "quickest", chosen)
+
+
+@pytest.mark.parametrize("family", [TINY, BOX])
+def test_hastened_networks_keep_no_more_than_is_thought(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all ways, and each of four texts of a guided picture."""
+    network = UNet(family.unet).to(memory_format=torch.channels_last).eval()
+    hasten(network, keep=1 << 40)
+    room, found = network.out[2].room, [0]
+    for seed, way in enumerate((*KEPT, "columns", "columns")):
+        go(monkeypatch, way)
+        with torch.inference_mode():
+            context = noise(2, 77, family.unet.context_dim, seed=seed)
+            network(noise(2, family.unet.in_channels, 8, 8), torch.tensor([1.0, 500.0]), context)
+        found.append(room.num_bytes)
+    assert found[:4] == sorted(set(found[:4])), "each way is kept beside the others"
+    assert found[-1] <= most_kept(family)
+
+
+def held(network: nn.Module) -> int:
+    """Bytes that hastened layers hold on to after they worked."""
+    rooms = {id(each.room): each.room for each in network.modules() if getattr(each, "room", None) is not None}
+    return sum(4 * tensor.numel() for room in rooms.values() for tensor in room._held.values())
+
+
+WIDE = replace(  # as wide as levels of SD 1 are, of one block and without the last
+    SD1,
+    unet=replace(SD1.unet, channels=192, channel_mult=(1, 2, 3), num_res_blocks=1, transformer_depth=(0, 0, 0)),
+    autoencoder=replace(SD1.autoencoder, channels=64, num_res_blocks=1),
+)
+
+
+@pytest.mark.parametrize("way", ["winograd4", "winograd2", "columns"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "family, h, w, rows", [(TINY, 8, 8, 2), (TINY, 40, 24, 5), (BOX, 16, 16, 2), (WIDE, 24, 16, 1)]
+)
+def test_hastened_layers_hold_no_more_than_is_thought(
+    family: Family, h: int, w: int, rows: int, compiled: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(inference, "library", lambda: None, raising=False)
+    go(monkeypatch, way)
+    with torch.inference_mode():
+        for keep in (0, 1 << 40):
+            unet = UNet(family.unet).to(memory_format=torch.channels_last).eval()
+            hasten(unet, keep=keep)
+            context = noise(rows, 77, family.unet.context_dim)
+            unet(noise(rows, family.unet.in_channels, h, w), torch.full((rows,), 5.0), context)
+            assert held(unet) <= unet_room(family.unet, h, w, rows)
+            assert held(unet) > 0 or way == "columns", "which some maps are too large for"
+        autoencoder = Autoencoder(family.autoencoder).to(memory_format=torch.channels_last).eval()
+        hasten(autoencoder)
+        autoencoder.decode(noise(rows, family.autoencoder.latent_channels, h, w))
+        assert held(autoencoder) <= decoder_room(autoencoder.config, h, w, rows)
+
+
+def test_a_plan_has_room_for_what_fast_layers_work_in() -> None:
+    """In float32 on a CPU alone; what is left is for their weights, and all of it together is within the budget."""
+    plain, fast = planned(SD1, 24, CPU, count=2), planned(SD1, 24, CPU, count=2, fast=True)
+    config = SD1.unet, 64, 64
+    assert fast.unet == plain.unet + unet_room(*config, 4)
+    assert fast.decoder == plain.decoder + decoder_room(SD1.autoencoder, 64, 64, 2)
+    assert plain.keep - fast.keep == fast.estimate - plain.estimate > 256 * 2**20
+    assert fast.estimate + fast.keep == fast.budget
+    half = (planned(SD1, 24, CPU, dtype=torch.bfloat16, fast=each) for each in (False, True))
+    cards = (planned(SD1, 24, CUDA, fast=each) for each in (False, True))
+    assert len(set(half)) == len(set(cards)) == 1
+    small, quick = planned(BOX, 24, CPU), planned(BOX, 24, CPU, fast=True)
+    rooms = unet_room(BOX.unet, 16, 16, 2) + decoder_room(BOX.autoencoder, 16, 16, 1)
+    assert (quick.unet, quick.decoder) == (small.unet + rooms, small.decoder + rooms), "a small decode leaves its own"
+    for step in range(30):
+        plan = planned(SD1, 5 + step / 5, CPU, count=8, dtype=torch.float32, fast=True)
+        assert plan.estimate + plan.keep <= plan.budget
+    enough = plain.estimate / GIB
+    assert planned(SD1, enough, CPU, count=2).max_rows == 4
+    scarce = planned(SD1, enough, CPU, count=2, fast=True)
+    assert scarce.max_rows < 4 or scarce.max_pictures < 2 or scarce.tile is not None
+
+
+def test_a_fast_pipeline_keeps_what_its_plan_leaves() -> None:
+    pipe = Pipeline.from_pretrained(device="cpu", memory=Memory(vram=1), fast=True)
+    assert pipe.fast_bytes == memory.plan(BOX, BOX.size, BOX.size, 1, GIB, CPU, fast=True).keep > 0
 
 
 def test_free_memory_and_budgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

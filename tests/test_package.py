@@ -14,6 +14,7 @@ from sfumato import __version__
 ROOT = Path(__file__).parents[1]
 NAMES = (
     "sfumato/box.safetensors", "sfumato/py.typed", "sfumato/__init__.pyi", "sfumato/cli/main.py",
+    "sfumato/kernels/winograd.cpp", "sfumato/kernels/vectors.h",
     "sfumato/models/clip_merges.txt.gz", "sfumato-0.1.0.dist-info/licenses/LICENSES/x.txt",
 )  # fmt: skip
 GOOD = dict.fromkeys(NAMES, 1)

@@ -133,6 +133,97 @@ def test_the_fast_way(tiny_checkpoint, tmp_path, capsys):
     assert "made with fast None, now yes" in capsys.readouterr().out
 
 
+@pytest.fixture
+def thrifty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of --vram as thrifty as for a large model in little memory: one row, slices, tiles."""
+    from sfumato import pipeline
+
+    plan, far = pipeline.plan, {"max_rows": 1, "max_pictures": 1, "attention_slice": 8, "tile": 16}
+    monkeypatch.setattr(pipeline, "plan", lambda *args: replace(plan(*args), **far))
+
+
+def made_of(picture: Path) -> dict[str, str]:
+    return load_png(picture)[1]["made with"]
+
+
+@pytest.mark.usefixtures("thrifty")
+def test_what_a_plan_chose(tiny_checkpoint, tmp_path, capsys):
+    """Tiles change pixels: replay decodes in the same ones, unasked; where the recipe is silent it cannot."""
+    size = ("--W", 48, "--H", 32)
+    whole = drawn(tiny_checkpoint, tmp_path / "whole", *size)
+    picture = drawn(tiny_checkpoint, tmp_path / "out", *size, "--vram", 4)
+    pixels, made = load_png(picture)
+    assert (load_png(whole)[0] != pixels).any()
+    chosen = {"max_rows": "1", "max_pictures": "1", "query_rows": "8", "tile": "16"}
+    assert {name: made["made with"].get(name) for name in chosen} == chosen
+    assert not set(chosen) & set(made_of(whole))
+    assert replayed(picture, tiny_checkpoint, "--out", tmp_path / "again.png") == 0
+    assert made_of(tmp_path / "again.png") == made["made with"]
+    assert replayed(picture, tiny_checkpoint, "--vram", 4) == 0
+    capsys.readouterr()
+    assert replayed(whole, tiny_checkpoint, "--vram", 4) == 1, "the person's own plan holds"
+    assert "made with tile None, now 16" in capsys.readouterr().out
+    del made["made with"]["tile"]
+    save_png(tmp_path / "untold.png", pixels, made)
+    assert replayed(tmp_path / "untold.png", tiny_checkpoint) == 1
+
+
+def test_a_plan_of_replay_is_for_the_recipes_pictures(tiny_checkpoint, tmp_path, monkeypatch):
+    from sfumato import pipeline
+
+    picture = drawn(tiny_checkpoint, tmp_path / "out", "--W", 48, "--H", 32, "--n_samples", 3)
+    plan, asked = pipeline.plan, []
+
+    def watched(*args):
+        asked.append(args[1:4])
+        return plan(*args)
+
+    monkeypatch.setattr(pipeline, "plan", watched)
+    assert replayed(picture, tiny_checkpoint, "--vram", 4) == 0
+    assert asked == [(48, 32, 3)]
+
+
+def test_half_precision_of_a_plan(tiny_checkpoint, tmp_path, monkeypatch):
+    from sfumato import pipeline
+
+    plan = pipeline.plan
+    monkeypatch.setattr(pipeline, "plan", lambda *args: plan(*args[:6], torch.bfloat16, *args[7:]))
+    picture = drawn(tiny_checkpoint, tmp_path / "out", "--vram", 4)
+    assert load_png(picture)[1]["precision"] == "bfloat16"
+    assert replayed(picture, tiny_checkpoint) == 0
+
+
+def test_what_fast_layers_could_keep(tiny_checkpoint, tmp_path, monkeypatch):
+    """Which layers keep weights, and so compute otherwise, hangs on the room there was: told where it was short."""
+    from sfumato import pipeline
+    from sfumato.pipeline import Pipeline
+
+    plenty = drawn(tiny_checkpoint, tmp_path / "plenty", "--fast")
+    assert "fast_bytes" not in made_of(plenty)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "free_memory", lambda device: 2000)
+        picture = drawn(tiny_checkpoint, tmp_path / "out", "--fast")
+        assert made_of(picture)["fast_bytes"] == "1000"
+    kept, hasten = [], Pipeline._hasten
+    monkeypatch.setattr(Pipeline, "_hasten", lambda self: (kept.append(self.fast_bytes), hasten(self))[1])
+    assert replayed(picture, tiny_checkpoint) == 0
+    assert kept[-1] == 1000 < kept[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "free_memory", lambda device: 1000)
+        replayed(picture, tiny_checkpoint, "--out", tmp_path / "again.png")  # equal or not, by rounding
+    assert kept[-1] == 500, "no more than there is room for"
+    assert made_of(tmp_path / "again.png")["fast_bytes"] == "500"
+
+
+@pytest.mark.parametrize("bound", [{"tile": "x"}, {"max_rows": "0"}, {"query_rows": "-8"}, {"max_pictures": "1.5"}])
+def test_damaged_bounds_are_told(tiny_checkpoint, tmp_path, capsys, bound):
+    pixels, made = load_png(drawn(tiny_checkpoint, tmp_path / "out"))
+    save_png(tmp_path / "odd.png", pixels, made | {"made with": made["made with"] | bound})
+    assert replayed(tmp_path / "odd.png", tiny_checkpoint) == 2
+    error = capsys.readouterr().err
+    assert "its recipe is damaged" in error and f"{next(iter(bound))}=" in error
+
+
 def test_a_folder_has_one_hash_however_it_is_spelled(checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     assert main(["convert", str(checkpoint), str(folder)]) == 0

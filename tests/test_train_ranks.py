@@ -40,6 +40,15 @@ def grey(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels.mean(axis=2, keepdims=True).astype(np.uint8), 3, axis=2)
 
 
+FLAGS = ["--size", "64", "--steps", "2", "--batch", "1", "--device", "cpu"]
+
+
+def sharded(ckpt: str, data: Path, folder: Path, accumulate: int) -> list[str]:
+    """The command that trains a U-Net of which each rank holds a part."""
+    place = ["--ckpt", ckpt, "--data", str(data), "--out", str(folder / "sharded")]
+    return ["train", "diffusion", *place, *FLAGS, "--shard", "--accumulate", str(accumulate), "--lr", "1e-3"]
+
+
 # The family's name, and what makes the trainer ready. XL's text encoders have layers that nothing reads.
 TRAINERS: dict[str, tuple[str, Callable[[Setup], Ready]]] = {
     "lora": ("sd1", lambda setup: personal.lora(setup, LORA)),
@@ -70,22 +79,9 @@ def work(data: Path, folder: Path, ckpts: dict[str, str]) -> None:
     with joined(torch.device("cpu")) as ranks:
         for name, (family, _) in TRAINERS.items():
             trained(name, Path(ckpts[family]), data, folder, 1)
-        flags = [
-            "--size",
-            "64",
-            "--steps",
-            "2",
-            "--batch",
-            "1",
-            "--rank",
-            "2",
-            "--caption",
-            "an owl",
-            "--device",
-            "cpu",
-        ]
-        place = ["--ckpt", ckpts["sd1"], "--data", str(data), "--out", str(folder / "cli")]
-        assert main(["train", "lora", *place, *flags]) == 0
+        place = ["--ckpt", ckpts["sd1"], "--data", str(data), "--out", str(folder / "cli"), "--rank", "2"]
+        assert main(["train", "lora", *place, *FLAGS, "--caption", "an owl"]) == 0
+        assert main(sharded(ckpts["sd1"], data, folder, 1)) == 0
         (folder / f"done-{ranks.rank}").touch()
 
 
@@ -95,6 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for index in range(4):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text("an owl")
     return folder
 
 
@@ -142,3 +139,14 @@ def test_one_rank_writes(runs):
     assert {f"prior/class/{index:05}.png" for index in range(3)} <= written
     assert not [name for name in written if ".part" in name]
     assert "cli/cli.safetensors" in written
+
+
+def test_a_sharded_unet_is_trained_as_a_whole_one(runs, data, ckpts, tmp_path):
+    assert main(sharded(ckpts["sd1"], data, tmp_path, 2)) == 0
+    (path,) = (tmp_path / "sharded").glob("*.safetensors")
+    one, two = tensors_of(path), tensors_of(runs / "sharded" / path.name)
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(value, two[key], rtol=0, atol=1e-5) for key, value in one.items())
+    before = tensors_of(Path(ckpts["sd1"]))
+    moved = [key for key, value in two.items() if key in before and not torch.allclose(value, before[key], atol=1e-4)]
+    assert moved and all(key.startswith("model.diffusion_model.") for key in moved)

@@ -26,7 +26,7 @@ from recipes.box.captions import BACKGROUNDS, RELATIONS, STYLES
 from recipes.box.judge import THINGS, Pictures, answers, load_judge, scores, truth
 from recipes.box.things import BOX, COMMON, HELD_OUT, with_article
 from sfumato.images import grid
-from sfumato.pipeline import Pipeline
+from sfumato.pipeline import PRECISIONS, Pipeline
 from sfumato.types import Job
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ def save_sheet(path: Path, pixels: np.ndarray) -> None:
 def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     """Every share, of drawn and of real pictures."""
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe, judge = Pipeline.from_pretrained(args.ckpt, adapters=[]), load_judge(args.judge)
+    pipe = Pipeline.from_pretrained(args.ckpt, precision=args.precision, adapters=[])
+    judge = load_judge(args.judge)
     rng = np.random.default_rng(args.seed)
     found: dict[str, Mapping[str, float]] = {}
     seen: np.ndarray | None = None
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=592, help="pictures of seen pairs; half as many of the others")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--precision", choices=PRECISIONS, default="full", help="of the drawing (default: full)")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

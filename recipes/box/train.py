@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -127,15 +127,21 @@ def train_decoder(options: Options) -> None:
     fit(AutoencoderObjective(network, loss, critic=critic), data, config, RUNS / options.run)
 
 
-def train_clip(options: Options) -> None:
+def train_clip(options: Options, config_of_towers: CLIPConfig = CLIP_CONFIG) -> None:
     """Both towers; the text tower is kept."""
     torch.manual_seed(0)
-    objective = CLIPObjective(CLIP(CLIP_CONFIG), ClipTokenizer(TOWER.config.vocab_size))
+    objective = CLIPObjective(CLIP(config_of_towers), ClipTokenizer(TOWER.config.vocab_size))
     config = LoopConfig(
         options.steps, batch_size=96, lr=1e-3, decay="cosine", weight_decay=0.1, ema_decay=0.99,
         precision=options.precision,
     )  # fmt: skip
     fit(objective, CaptionedShards(options.data, BOX.size), config, RUNS / options.run)
+
+
+def train_scorer(options: Options) -> None:
+    """A CLIP for the CLIP score of the box's pictures alone: on pictures that it never saw, patches twice as large."""
+    vision = replace(CLIP_CONFIG.vision, patch_size=16)
+    train_clip(options, replace(CLIP_CONFIG, vision=vision))
 
 
 def trained_autoencoder(run: str = AUTOENCODER) -> Autoencoder:
@@ -262,6 +268,7 @@ STAGES: dict[str, Callable[[Options], None]] = {
     "autoencoder": train_autoencoder,
     "decoder": train_decoder,
     "clip": train_clip,
+    "scorer": train_scorer,
     "latents": cache_latents,
     "diffusion": train_diffusion,
     "export": export,
@@ -287,7 +294,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="start from random weights, not the shipped")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
-    if args.stage in ("autoencoder", "decoder", "clip", "diffusion") and args.steps < 1:
+    if args.stage in ("autoencoder", "decoder", "clip", "scorer", "diffusion") and args.steps < 1:
         parser.error(f"--steps {args.steps}: say up to which step to train")
     run = args.run or ("diffusion" if args.stage == "export" else args.stage)
     options = Options(

@@ -18,11 +18,11 @@ from sfumato.batch.rows import Plain, Reader, Row, check_rows, file_name
 from sfumato.pipeline import Pipeline
 from sfumato.server.service import Service
 from sfumato.server.ticket import DONE, OVER, Ticket
+from sfumato.server.work import ROWS_OF_A_PICTURE
 from sfumato.tasks.pictures import Pictures
 from sfumato.tasks.room import check_memory
 from sfumato.types import Job, Result
 
-ROWS_OF_A_PICTURE = 2  # of the network: with the prompt and without
 AHEAD = 4  # rows that wait for room, so that nobody waits for them
 
 Finished = tuple[np.ndarray, dict[str, Any], dict[str, Any] | None]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sfumato.cli.drawing import pictures_in
+from sfumato.cli.beginning import pictures_in
 from sfumato.cli.names import ANNOTATOR_OPTIONS, ANNOTATORS
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it

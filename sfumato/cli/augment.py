@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.cli.drawing import pictures_in
+from sfumato.cli.beginning import pictures_in
 from sfumato.cli.job_flags import GROUPS, Texts, add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.protecting import Protecting, add_protecting_flags

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sfumato.cli.drawing import pictures_in
+from sfumato.cli.beginning import pictures_in
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

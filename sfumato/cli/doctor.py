@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sfumato.cli.names import COMPUTED, COMPUTED_HELP
+
 Facts = dict[str, Any]
 
 NEEDED = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "tqdm", "scipy", "torchsde")
@@ -46,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `sfumato doctor`."""
     add = parser.add_argument
     add("--device", metavar="NAME", help="look at this one: cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
+    add("--precision", choices=COMPUTED, default="autocast", help=COMPUTED_HELP)
     add("--no-test", action="store_true", help="draw no test picture")
     add("--json", action="store_true", help="print JSON")
 
@@ -72,7 +74,7 @@ def examine(device: str | None = None, precision: str = "autocast", test: bool =
     except (ImportError, OSError) as error:  # a library that is missing, or whose own parts are
         problems.append(f"sfumato cannot be used: {' '.join(str(error).split())}")
         return report | {"problems": problems, "advice": []}
-    report["machine"] |= {"devices": devices(), "instructions": instructions()}
+    report["machine"] |= {"devices": devices(), "instructions": instructions(), "kernels": kernels()}
     report["choice"] = choice(device, precision)
     report["places"] = places()
     report["fits"] = fits(report["choice"]["device"])
@@ -115,6 +117,13 @@ def instructions() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
+def kernels() -> str:
+    """Whether `--fast` and trainings have compiled kernels here, or why not; compiles nothing."""
+    from sfumato.kernels.build import state
+
+    return state()
+
+
 def devices() -> list[Facts]:
     """The devices that torch can use: name, kind and GiB."""
     import torch
@@ -133,7 +142,7 @@ def choice(device: str | None, precision: str) -> Facts:
     """Device, precision and threads that drawing would take, and why. ValueError where the device is not there."""
     import torch
 
-    from sfumato.pipeline import choose_device, choose_dtype
+    from sfumato.pipeline import choose_device, choose_dtype, has_bfloat16
 
     chosen = choose_device(device)
     dtype = str(choose_dtype(precision, chosen)).removeprefix("torch.")
@@ -143,11 +152,16 @@ def choice(device: str | None, precision: str) -> Facts:
         why_device = "this torch is built for the CPU" if _is_cpu_build() else "torch finds no GPU"
     else:
         why_device = "torch finds a GPU"
-    slow = "half precision is slower on a CPU" if chosen.type == "cpu" else "half precision is faster on a GPU"
+    usual = (
+        "half precision is faster on a GPU"
+        if chosen.type != "cpu"
+        else ("float32 is exact; bf16 is quicker here" if has_bfloat16() else "half precision is slower on this CPU")
+    )
     threads, said = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     return {
         "device": str(chosen), "why this device": why_device,
-        "precision": dtype, "why this precision": slow if precision == "autocast" else "--precision full says so",
+        "precision": dtype,
+        "why this precision": usual if precision == "autocast" else f"--precision {precision} says so",
         "threads": threads,
         "why so many threads": f"OMP_NUM_THREADS={said}" if said else "torch takes one for each core that it may use",
     }  # fmt: skip

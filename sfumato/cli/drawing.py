@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sfumato.cli.asked import Asked, DrawingError, drawn_apart, sound
+from sfumato.cli.beginning import images_of
 from sfumato.cli.job_flags import add_job_flags, job_from_flags, texts_from_flags
 from sfumato.cli.loading import add_device_flags, add_model_flags, load
 from sfumato.cli.names import SAMPLERS, SCHEDULES
 from sfumato.cli.protecting import Protecting, add_protecting_flags
-from sfumato.cli.saving import Saver, draw_with_bar
+from sfumato.cli.saving import Saver, step_bar
 from sfumato.cli.seeing import Seeing, add_seeing_flags
-from sfumato.types import Job
+from sfumato.types import Job, Result
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
-    from sfumato.families import Family
+    from sfumato.families import Family, Model
     from sfumato.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+FAILED = 1
 MAX_GRID = 2**29  # bytes of the pictures of a grid
 LAION_OUTDIR = "outputs/txt2img-samples-laion400m"
 LAION_CKPT = "models/ldm/text2img-large/model.ckpt"
@@ -126,15 +128,15 @@ def _add_image_flags(add: Callable[..., object], style: Style) -> None:
     add("--loopback-strength", type=float, metavar="X", help="the last time's strength; those between in even steps")
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a prompt file that are not blank; ValueError where there are none or it is not UTF-8."""
+def read_prompts(path: str) -> list[tuple[int, str]]:
+    """A prompt file's lines that are not blank, each with its number; ValueError where it has none or is not UTF-8."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"from-file={path!r}: not UTF-8 (byte {error.start})") from error
     except OSError as error:
         raise ValueError(f"from-file={path!r}: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ValueError(f"from-file={path!r}: it holds no prompt")
     return prompts
@@ -154,10 +156,11 @@ def _sampling(args: argparse.Namespace) -> dict[str, str | None]:
     return {"sampler": names.pop() if names else args.style.sampler, "schedule": schedule}
 
 
-def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
-    """The jobs of each iteration: n_samples pictures of the prompt, or one of every line of the prompt file.
+def asked_of(args: argparse.Namespace) -> Iterator[list[Asked]]:
+    """What each iteration asks for: n_samples pictures of the prompt, or one of every line of the prompt file.
 
-    Each of them for every picture that there is to begin from.
+    Each of them for every picture that there is to begin from. ValueError for flags that are wrong; what is wrong with
+    a line is its own error.
     """
     from sfumato.tasks.checks import MAX_COUNT
 
@@ -168,65 +171,27 @@ def jobs_of(args: argparse.Namespace) -> Iterator[list[Job]]:
         raise ValueError(f"n_rows={args.n_rows}: 0 or more are needed")
     if args.prompt is None and args.from_file is None:
         raise ValueError('prompt: say what to draw with --prompt "..." or --from-file FILE')
-    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
+    prompts = read_prompts(args.from_file) if args.from_file else [(None, args.prompt)]
     common, texts, seed = _sampling(args), texts_from_flags(args), args.seed
     begun: Sequence[tuple[str | None, str | None]] = images_of(args) if args.style.takes_image else [(None, None)]
     for _ in range(args.n_iter):
-        if args.from_file:
-            share = args.n_samples if args.fixed_code else len(prompts)  # the original starts every batch alike
-            seeds = [seed + index % share for index in range(len(prompts))]
-            jobs = [job_from_flags(args, prompt=p, seed=s, **common) for p, s in zip(prompts, seeds, strict=True)]
-        else:
-            jobs = [job_from_flags(args, prompt=prompts[0], seed=seed, count=args.n_samples, **common)]
-        jobs = [replace(job, image=image, mask=mask) for image, mask in begun for job in jobs]
-        if args.style.check is not None:
-            jobs = [args.style.check(job) for job in jobs]
-        if args.style.takes_image:
-            for job in jobs:
-                _check_loopback(args, job)
-        yield [drawn for job in jobs for drawn in texts.jobs(job)]
+        share = args.n_samples if args.fixed_code else len(prompts)  # the original starts every batch alike
+        count = 1 if args.from_file else args.n_samples
+        asked: list[Asked] = []
+        for image, mask in begun:
+            for index, (line, prompt) in enumerate(prompts):
+                job = job_from_flags(args, prompt=prompt, seed=seed + index % share, count=count, **common)
+                job = replace(job, image=image, mask=mask)
+                if args.style.check is not None:
+                    job = args.style.check(job)
+                if args.style.takes_image:
+                    _check_loopback(args, job)
+                asked.append(Asked(line))
+                with asked[-1].apart():
+                    asked[-1].jobs = texts.jobs(job)
+        yield asked
         if not args.fixed_code:
             seed += len(prompts) if args.from_file else args.n_samples
-
-
-def images_of(args: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """Every picture that --image names, with its mask; ValueError where there is none, or no mask of one."""
-    if not args.images:
-        raise ValueError("image: say what to begin from with --image PATH")
-    for field, name in [*(("image", name) for name in args.images), ("mask", getattr(args, "mask", None))]:
-        if name == "":
-            raise ValueError(f"{field}='': the path of a picture is needed")
-    found = []
-    for name in args.images:
-        paths = pictures_in(Path(name)) if Path(name).is_dir() else [Path(name)]
-        for path in paths:
-            mask = getattr(args, "mask", None)
-            if mask is not None and Path(mask).is_dir():
-                mask = str(_mask_beside(path, Path(mask)))
-            found.append((str(path), mask))
-    return found
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder by name, without those that are another's mask. ValueError where there are none."""
-    every = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    stems = {path.stem for path in every}
-    found = [path for path in every if not (path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems)]
-    if not found:
-        raise ValueError(f"image={str(folder)!r}: the folder holds no picture ({', '.join(SUFFIXES)})")
-    return found
-
-
-def _mask_beside(path: Path, folder: Path) -> Path:
-    """The mask of a picture among a folder's; ValueError where there is none."""
-    for stem in (f"{path.stem}_mask", path.stem):
-        for suffix in SUFFIXES:
-            mask = folder / f"{stem}{suffix}"
-            if mask.is_file() and mask.resolve() != path.resolve():
-                return mask
-    raise ValueError(
-        f"mask={str(folder)!r}: it holds no mask of {path.name}, which would be {path.stem}_mask.png or {path.stem}.png"
-    )
 
 
 def _check_family(args: argparse.Namespace, family: Family) -> None:
@@ -264,10 +229,10 @@ def looped(
 ) -> Iterator[np.ndarray]:
     """Draw a job, save what comes out, and draw over that as often as --loopback says; gives every picture.
 
-    Each time's picture is a file, and the next one's recipe names it.
+    Each time's picture is a file, and the next one's recipe names it. DrawingError where one cannot be drawn.
     """
     if not args.style.takes_image or args.loopback == 1:
-        result = draw_with_bar(pipeline, job, seeing.begin())
+        result = _drawn(pipeline, job, seeing)
         shown = protecting.shown(result)
         for index, image in enumerate(shown.result.images):
             if not args.skip_save:
@@ -282,7 +247,7 @@ def looped(
         for turn in range(args.loopback):
             if job.strength is not None and last is not None:
                 one = replace(one, strength=job.strength + (last - job.strength) * turn / (args.loopback - 1))
-            result = draw_with_bar(pipeline, one, seeing.begin())
+            result = _drawn(pipeline, one, seeing)
             shown = protecting.shown(result)
             path = saver.picture(*protecting.finished(shown, 0))
             if not protecting.is_hidden(shown, 0):
@@ -292,29 +257,45 @@ def looped(
             one = replace(one, image=str(path), seed=one.seed + job.count, mask_resize=job.mask is not None)
 
 
-def check_all(jobs: Sequence[Job], family: Family, seeing: Seeing) -> None:
-    """ValueError where one of many jobs, or a picture that it names, is wrong: told before the first is drawn."""
+def _drawn(pipeline: Pipeline, job: Job, seeing: Seeing) -> Result:
+    """A job drawn, what it can show seen. DrawingError where it cannot be; what saves it is not tried then."""
+    with step_bar() as progress:
+        [found] = pipeline.draw_each([job], progress, observe=seeing.begin())
+    if isinstance(found, Exception):
+        raise DrawingError from found
+    return found
+
+
+def check_all(asked: Sequence[Asked], model: Model, seeing: Seeing, protecting: Protecting) -> None:
+    """See what is wrong with jobs, or with pictures that they name, before the first is drawn.
+
+    It is a line's own error; without a file ValueError.
+    """
     from sfumato.tasks.canvas import read_free
     from sfumato.tasks.checks import complete
     from sfumato.tasks.pictures import Pictures
 
     pictures = Pictures()
     held: tuple[str | None, str | None] = (None, None)  # of a folder, no more than one picture
-    for job in jobs:
-        names = (job.image, job.mask)
-        if is_new := names != held:
-            pictures, held = Pictures(), names
-        seeing.check(job, pictures)
-        complete(job, family, pictures.size(job))
-        if is_new and job.image is not None:
-            read_free(job, pictures.picture(job.image, "image"), pictures)
+    for each in asked:
+        with each.apart():
+            for job in each.jobs:
+                names = (job.image, job.mask)
+                if is_new := names != held:
+                    pictures, held = Pictures(), (None, None)
+                seeing.check(job, pictures)
+                complete(job, model.family, pictures.size(job))
+                if is_new and job.image is not None:
+                    read_free(job, pictures.picture(job.image, "image"), pictures)
+                held = names
+            protecting.check(each.jobs, model)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     from sfumato.images import grid
 
-    iterations = list(jobs_of(args))
+    iterations = list(asked_of(args))
     outdir = args.outdir
     if args.laion400m:
         outdir, args.ckpt = LAION_OUTDIR, LAION_CKPT
@@ -328,27 +309,32 @@ def run(args: argparse.Namespace) -> int:
     seeing = Seeing(args, model, pipeline.extras.embeddings)
     if args.skip_save and (args.film or args.where):
         raise ValueError("film, where: they are saved beside the pictures, which --skip_save leaves out")
+    asked = [each for iteration in iterations for each in iteration]
     if (suited := args.style.suited) is not None:
-        iterations = [[suited(job, model.family) for job in jobs] for jobs in iterations]
-    check_all([job for jobs in iterations for job in jobs], model.family, seeing)
-    protecting.check([job for jobs in iterations for job in jobs], model)
+        for each in asked:
+            each.jobs = [suited(job, model.family) for job in each.jobs]
+    check_all(asked, model, seeing, protecting)
+    ready = sound(asked)
     log.info("%s on %s in %s", model.name, model.device, model.precision)
-    if any(not job.prompt and (job.upscale is None or job.strength) for jobs in iterations for job in jobs):
+    if any(not job.prompt and (job.upscale is None or job.strength) for each in ready for job in each.jobs):
         log.info("the prompt is empty: drawing unconditionally")
     images: list[np.ndarray] = []
     alike = True
     try:
-        for job in (job for jobs in iterations for job in jobs):
-            for image in looped(pipeline, job, args, saver, seeing, protecting):
-                if not args.skip_grid and alike:
-                    images.append(image)
-                    alike = image.shape == images[0].shape and len(images) * image.size <= MAX_GRID
-                    images = images if alike else []  # a grid is of pictures of one size, and must be in memory
+        for image in drawn_apart(ready, lambda job: looped(pipeline, job, args, saver, seeing, protecting)):
+            if not args.skip_grid and alike:
+                images.append(image)
+                alike = image.shape == images[0].shape and len(images) * image.size <= MAX_GRID
+                images = images if alike else []  # a grid is of pictures of one size, and must be in memory
     finally:  # what is finished is kept, whatever ended it
         if len(images) > 1 or (images and args.style.always_grid):
-            columns = args.n_rows or (len(iterations[0]) if args.from_file else args.n_samples)
+            columns = args.n_rows or (
+                sum(len(each.jobs) for each in iterations[0]) if args.from_file else args.n_samples
+            )
             saver.grid(protecting.grid(grid(np.stack(images), min(columns, len(images)))))
-    return 0
+    if failed := sum(each.error is not None for each in asked):
+        log.warning("%d of %d were not drawn, or not all of their pictures", failed, len(asked))
+    return FAILED if failed else 0
 
 
 def original_script(style: Style, prog: str, argv: Sequence[str] | None = None) -> argparse.Namespace:

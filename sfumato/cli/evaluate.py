@@ -274,6 +274,7 @@ def _point(label: str, pipeline: Pipeline, sweep: Sweep, guidance: float, result
     return {
         "checkpoint": label,
         "model hash": pipeline.model.hash,
+        "precision": pipeline.model.precision,
         "guidance": guidance,
         "steps": sweep.steps,
         "sampler": sweep.sampler,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sfumato.cli.names import FAMILIES
+from sfumato.cli.names import COMPUTED, COMPUTED_HELP, FAMILIES
 from sfumato.weights.shelf import USUAL, VARIABLE
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
@@ -41,7 +41,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """--precision and --device, of every command that draws, encodes or decodes."""
     add = parser.add_argument
-    add("--precision", choices=["full", "autocast"], default="autocast", help="(default: %(default)s)")
+    add("--precision", choices=COMPUTED, default="autocast", help=COMPUTED_HELP)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     add("--compile", action="store_true", help="compile the U-Net's blocks when they are first needed: a slow first "
         "step, faster ones after it; needs a C++ compiler on a CPU, Triton on a GPU")  # fmt: skip

@@ -64,7 +64,7 @@ COMMANDS = {  # name: (what it does, an example)
 EXIT_CODES = {
     0: "done",
     1: "done, and something is not well: pixels differ (replay), pictures are broken (augment, data check), rows "
-    "failed (batch), the test picture is wrong (doctor)",
+    "failed (batch), some of several jobs failed (drawing), the test picture is wrong (doctor)",
     BAD_INPUT: "not done, or not all of it: what was asked for cannot be, and one line says why",
     STOPPED: "stopped by Ctrl-C; what was finished is kept",
 }

@@ -53,6 +53,11 @@ ANNOTATOR_OPTIONS: Mapping[str, str] = {
 FEATURES = ("inception", "clip", "openclip", "efficientnet-lite0", "mobilenet-v2")
 RESIZERS = ("clean", "legacy-torch", "legacy-tf")
 PRECISIONS = ("fp32", "fp16", "bf16")
+COMPUTED = ("autocast", "full", "fp32", "fp16", "bf16")
+COMPUTED_HELP = (
+    "what networks compute in: full is fp32; autocast is fp16 on a GPU and fp32 on a CPU; bf16 is quicker on a CPU "
+    "that has instructions for it (default: %(default)s)"
+)
 LAYOUTS = ("kohya", "diffusers", "peft")
 HASHES = ("dhash", "phash")
 MOST_BITS = 8

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sfumato.cli import names
 from sfumato.cli.loading import add_model_flags, load, load_as
 from sfumato.cli.plot import cell_of
 from sfumato.cli.protecting import Protecting, add_protecting_flags, carried, redone
-from sfumato.cli.saving import draw_with_bar
+from sfumato.cli.saving import draw_with_bar, step_bar
 from sfumato.safety.checking import prompts_of
 from sfumato.types import Job, Result
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
+    from sfumato.memory import Bounds
     from sfumato.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -51,6 +50,7 @@ class Recipe:
     model_hash: str
     precision: str
     made_with: dict[str, str]
+    bounds: Bounds  # how much was computed at once
     together: tuple[Job, ...] = ()
     place: int = 0  # of the job in them
     pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that the job names
@@ -60,6 +60,7 @@ class Recipe:
 
 def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
     """A recipe from a PNG's JSON; ValueError names the picture and what is wrong."""
+    from sfumato.memory import bounds_of
     from sfumato.tasks.checks import job_from_dict
 
     def part(owner: Any, name: str, kind: type[Any]) -> Any:
@@ -74,6 +75,10 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
     if not 0 <= index < count:
         raise ValueError(f"picture={str(path)!r}: its recipe is damaged (index {index} of {count})")
     made_with = {str(key): str(value) for key, value in part(made, "made with", dict).items()}
+    try:
+        bounds = bounds_of(made_with)
+    except ValueError as error:
+        raise ValueError(f"picture={str(path)!r}: its recipe is damaged ({error})") from error
     name, digest = part(model, "name", str), part(model, "hash", str)
     jobs, place = [job], 0
     if "together" in made:
@@ -87,13 +92,14 @@ def read_recipe(path: Path, made: dict[str, Any]) -> Recipe:
     facts = {key: part(model, key, kind) for key, kind in FACTS.items() if key in model}
     for key in ("name", "hash"):
         part(facts.get("vae", {key: ""}), key, str)
-    return Recipe(job, index, name, digest, precision, made_with, tuple(jobs), place, pictures, adapters, facts)
+    return Recipe(job, index, name, digest, precision, made_with, bounds, tuple(jobs), place, pictures, adapters, facts)
 
 
 def as_drawn(args: argparse.Namespace, old: Recipe) -> argparse.Namespace:
     """The flags, and where they say nothing, what the recipe says of how its model was read and drew.
 
-    ValueError where the autoencoder was another file's and none is given.
+    What --vram plans for are the recipe's own pictures. ValueError where the autoencoder was another file's and none is
+    given.
     """
     told = old.model_facts
     if "vae" in told and args.vae is None:
@@ -108,6 +114,9 @@ def as_drawn(args: argparse.Namespace, old: Recipe) -> argparse.Namespace:
         "fast": args.fast or old.made_with.get("fast") == "yes",
         "compile": old.made_with.get("compiled") == "yes",
         "weights": old.made_with.get("weights", "full"),
+        "width": old.job.width,
+        "height": old.job.height,
+        "n_samples": sum(job.count for job in old.together or (old.job,)),
     }
     return argparse.Namespace(**vars(args) | again)
 
@@ -117,9 +126,9 @@ def _named(vae: dict[str, str]) -> str:
 
 
 def opened(args: argparse.Namespace, old: Recipe) -> Pipeline:
-    """The model that drew a picture. ValueError where the weights are others.
+    """The model that drew a picture, computing as much at once as it did then, or less where --vram asks for that.
 
-    A family is remembered for the file only where a person names it now.
+    ValueError where the weights are others. A family is remembered for the file only where a person names it now.
     """
     from sfumato.families import find_family
 
@@ -141,6 +150,7 @@ def opened(args: argparse.Namespace, old: Recipe) -> Pipeline:
             f"vae: {args.picture!r} was drawn with the autoencoder {_named(wanted)}, this is {_named(given)}; name the "
             "right file with --vae"
         )
+    pipeline.bound(old.bounds if args.vram is None else old.bounds.within(pipeline.bounds))
     return pipeline
 
 
@@ -148,12 +158,7 @@ def draw(pipeline: Pipeline, old: Recipe) -> Result:
     """The job of a recipe drawn again, alone or together with others."""
     if len(old.together) <= 1:
         return draw_with_bar(pipeline, old.job)
-    with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with step_bar() as progress:
         return pipeline.draw_many(old.together, progress)[old.place]
 
 

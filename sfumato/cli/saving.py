@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from sfumato.types import Job, Result
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
     from sfumato.pipeline import Pipeline
-    from sfumato.tasks.together import Observe
+    from sfumato.tasks.together import Observe, Progress
 
 
 def _next_number(folder: Path, pattern: str) -> int:
@@ -68,12 +69,19 @@ class Saver:
         raise AssertionError("there is always another name")
 
 
-def draw_with_bar(pipeline: Pipeline, job: Job, observe: Observe | None = None) -> Result:
-    """Draw a job under a progress bar of noise levels on the terminal."""
+@contextmanager
+def step_bar() -> Iterator[Progress]:
+    """A progress bar of noise levels on the terminal, and what tells it how far a drawing is."""
     with tqdm(unit="step", leave=False, file=sys.stderr, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
+        yield progress
+
+
+def draw_with_bar(pipeline: Pipeline, job: Job, observe: Observe | None = None) -> Result:
+    """Draw a job under a progress bar."""
+    with step_bar() as progress:
         return pipeline.draw(job, progress, observe=observe)

@@ -7,21 +7,20 @@ Letters: B pictures, prompt by prompt; C channels, h w latent size; x = x0 + sig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from sfumato.diffusers_style.arguments import LOADING_IGNORED, in_their_names, refuse, refuse_unknown, sized, texts_of
 from sfumato.diffusers_style.looking import OWN, check_checker, looked_at, own_checker
 from sfumato.diffusers_style.noise import BatchNoise, Generators, Share
+from sfumato.diffusers_style.output import OUTPUT_TYPES, PipelineOutput, pictures_as
 from sfumato.diffusion.samplers import find_sampler
 from sfumato.engine import Run
-from sfumato.images import to_uint8
 from sfumato.memory import Offload, offload
 from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.clip import CLIPText
@@ -39,23 +38,6 @@ from sfumato.weights.hub import resolve
 from sfumato.weights.layouts.folder import read_configs
 
 Callback = Callable[..., Mapping[str, Any] | None]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-@dataclass
-class PipelineOutput:
-    """Pictures of a call, as `.images`, ["images"], ["sample"] (diffusers before 0.3) or [0].
-
-    `nsfw_content_detected` tells which pictures a checker flagged; None: no picture was looked at.
-    """
-
-    images: Any
-    nsfw_content_detected: list[bool] | None = None
-
-    def __getitem__(self, key: str | int) -> Any:
-        if isinstance(key, str):
-            return vars(self)["images" if key == "sample" else key]
-        return (self.images, self.nsfw_content_detected)[key]
 
 
 class StableDiffusionPipeline:
@@ -378,10 +360,7 @@ class StableDiffusionPipeline:
         images, flags = decode(latents, 0.0, self.pipeline.model, **self._decoding), None
         if self._checker is not None:
             images, flags = looked_at(self._checker, images)
-        if kind == "pil":
-            return [Image.fromarray(image) for image in to_uint8(images)], flags
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return images.clone() if kind == "pt" else images.permute(0, 2, 3, 1).cpu().numpy(), flags
+        return pictures_as(images, kind), flags
 
 
 class StableDiffusionXLPipeline(StableDiffusionPipeline):

@@ -79,13 +79,13 @@ def begin(folder: Path, run: dict[str, Any], networks: Sequence[Network], resize
     if path.exists():
         try:
             found = json.loads(path.read_text("utf-8"))
-            differ = [name for name in wanted if found.get(name) != wanted[name]]
+            differ = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
         except (ValueError, AttributeError) as error:
             raise ValueError(f"out={str(path)!r}: damaged ({error}); another folder is needed") from error
         if differ:
             name = differ[0]
             raise ValueError(
-                f"out={str(folder)!r}: it holds another run, of {name}={found.get(name)!r}, now {wanted[name]!r}; "
+                f"out={str(folder)!r}: it holds another run, of {name}={found.get(name)!r}, now {wanted.get(name)!r}; "
                 f"another folder is needed"
             )
         return
@@ -208,6 +208,8 @@ def drawn_features(
     run = {"model": pipeline.model.hash, "guidance": guidance, "steps": sweep.steps, "sampler": sweep.sampler,
            "seed": sweep.seed, "batch": sweep.batch}  # fmt: skip
     run |= {"fast": True, **pipeline.ways} if pipeline.fast else pipeline.ways
+    if pipeline.model.dtype != torch.float32:
+        run["precision"] = pipeline.model.precision
     begin(folder, run, networks, resize)
 
     def make(numbers: range) -> list[np.ndarray]:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from sfumato.memory.bounds import MAX_PICTURES, MAX_ROWS, Bounds, bounds_of
 from sfumato.memory.moving import Offload, offload
 from sfumato.memory.planning import GIB, Plan, apply, budget, describe, free_memory, plan
 
-__all__ = ["GIB", "Offload", "Plan", "apply", "budget", "describe", "free_memory", "offload", "plan"]
+__all__ = [
+    "GIB",
+    "MAX_PICTURES",
+    "MAX_ROWS",
+    "Bounds",
+    "Offload",
+    "Plan",
+    "apply",
+    "bounds_of",
+    "budget",
+    "describe",
+    "free_memory",
+    "offload",
+    "plan",
+]

@@ -6,7 +6,7 @@ be no larger. Pure arithmetic on configs. Letters: C channels, n cells of a feat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from sfumato.families import Family
+from sfumato.memory.bounds import MAX_ROWS
 from sfumato.models.autoencoder import Autoencoder, AutoencoderConfig
-from sfumato.models.unet import UNetConfig
+from sfumato.models.inference import CONTEXTS
+from sfumato.models.transformer import CrossAttention
+from sfumato.models.unet import UNet, UNetConfig
+from sfumato.models.winograd import BAND
 from sfumato.weights.parts import build
 
 # What kernels and the allocator take beside the tensors themselves: in proportion, and in all. Measured on a CPU, where
@@ -23,6 +27,12 @@ from sfumato.weights.parts import build
 # back); assumed on other devices.
 UNET_SLACK, DECODER_SLACK, OTHER_SLACK = 1.35, 1.2, 1.15
 WORKSPACE, OTHER_WORKSPACE = 128 * 2**20, 256 * 2**20
+# Bytes of a decode before which other networks give up what they can have again. Such a one takes seconds on a CPU, and
+# to map 1 GB of weights again 0.1.
+LARGE = 256 * 2**20
+PIECES = 6  # that a hastened layer works in beside a map: tiles, products, results, weights, values and gates, work
+WAYS = 9 + 16 + 36  # numbers of a 3 x 3 filter, as it is and transformed for tiles of 2 x 2 and of 4 x 4
+TOKENS = 77  # of a text; longer ones are kept as well, where there is room
 FUSED_HEAD = 256  # the widest head for which CUDA's fused attention is sure to be chosen
 
 
@@ -67,6 +77,20 @@ class Kernels:
     @property
     def _cpu(self) -> bool:
         return self.device.type == "cpu"
+
+
+@cache
+def most_kept(family: Family) -> int:
+    """Bytes that a hastened U-Net keeps at most: all its 3 x 3 weights in all ways, and texts of MAX_ROWS rows."""
+    with torch.device("meta"):
+        network = UNet(family.unet)
+    weights = tokens = 0
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            weights += WAYS * module.in_channels * module.out_channels
+        elif isinstance(module, CrossAttention) and module.context_dim == family.unet.context_dim:
+            tokens += module.to_k.out_features + module.to_v.out_features
+    return 4 * (weights + CONTEXTS * MAX_ROWS * TOKENS * (tokens + family.unet.context_dim))
 
 
 @cache
@@ -142,6 +166,39 @@ def _unet_walk(
             peaks.append(held + 10 * x)
             x *= 4
     return max(peaks)
+
+
+def unet_room(config: UNetConfig, h: int, w: int, rows: int) -> int:
+    """What the layers of a hastened U-Net hold on to, which they need for a moment, at most (models/room.py)."""
+    widths = [config.channels * mult for mult in config.channel_mult]
+    before, after = [widths[0], *widths[:-1]], [*widths[1:], widths[-1]]
+    maps = []
+    for level, (width, finer, coarser) in enumerate(zip(widths, before, after, strict=True)):
+        joined = max(width, coarser) + max(width, finer)  # what comes up, and a skip connection
+        maps.append((-(-h >> level), -(-w >> level), joined, width))
+    return _room(maps, rows)
+
+
+def decoder_room(config: AutoencoderConfig, h: int, w: int, pictures: int) -> int:
+    """The same of a hastened decoder, of latents of h x w; an encoder's is no more."""
+    widths = [config.channels * mult for mult in config.channel_mult]
+    maps = []
+    for level, (width, coarser) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+        scale = 2 ** (len(widths) - 1 - level)
+        maps.append((h * scale, w * scale, max(width, coarser), width))
+    return _room(maps, pictures)
+
+
+def _room(maps: Sequence[tuple[int, int, int, int]], batch: int) -> int:
+    """For 3 x 3 convolutions of maps (height, width, channels in, channels out): a map with zeros around it, the nine
+    cells of each result where the weight is the larger part, and pieces of transformed tiles.
+    """
+    padded = max(batch * (h + 5) * (w + 5) * channels for h, w, channels, _ in maps)
+    columns = max(9 * min(batch * h * w, 4 * outs) * channels for h, w, channels, outs in maps)
+    row_of_tiles = max(9 * (w + 3) * channels for _, w, channels, _ in maps)
+    tiles = max(9 * batch * (h + 3) * (w + 3) * channels for h, w, channels, _ in maps)
+    piece = min(max(BAND // 4, row_of_tiles), tiles)
+    return 4 * (padded + max(columns, piece) + PIECES * piece)
 
 
 def decoder_bytes(

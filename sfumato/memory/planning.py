@@ -16,14 +16,22 @@ from pathlib import Path
 import torch
 
 from sfumato.families import Family, Model
-from sfumato.memory.estimate import Kernels, decoder_bytes, network_numbers, unet_bytes
+from sfumato.memory.bounds import MAX_ROWS
+from sfumato.memory.estimate import (
+    LARGE,
+    Kernels,
+    decoder_bytes,
+    decoder_room,
+    network_numbers,
+    unet_bytes,
+    unet_room,
+)
 from sfumato.memory.moving import Offload, offload
 from sfumato.models.layers import slice_attention
 from sfumato.models.quantised import largest, saved_bytes
 from sfumato.models.unet import UNet
 
 GIB = 2**30
-MAX_ROWS = 32  # of a U-Net call, as the engine's own bound
 PICTURES = (4, 2, 1)  # decoded at once
 SLICES = (None, 4096, 1024, 256)  # query rows
 TILES = (None, 1024, 768, 512, 384, 256)  # px
@@ -76,6 +84,7 @@ class _Setting:
     offload: bool
     query_rows: int | None
     kept: str = "full"  # how the U-Net's weights are
+    fast: bool = False
 
     @property
     def kernels(self) -> Kernels:
@@ -84,13 +93,36 @@ class _Setting:
     def unet(self, rows: int) -> int:
         h, w = (side // self.family.autoencoder.factor for side in (self.height, self.width))
         number = 0 if self.kept == "full" else coded(self.family)[1] * (4 + self.dtype.itemsize)  # as one layer works
-        return unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels) + number
+        taken = unet_bytes(self.family.unet, h, w, rows, self.dtype, self.kernels) + number
+        if self.hastened:  # beside what small decodes left
+            left = (self.decoder_room(n) for n in PICTURES if n <= self.count and self._decode(n) < LARGE)
+            taken += unet_room(self.family.unet, h, w, rows) + max(left, default=0)
+        return taken
+
+    @property
+    def hastened(self) -> bool:
+        """Whether layers work in rooms of their own: asked for, and in float32 on a CPU."""
+        return self.fast and self.device.type == "cpu" and self.dtype == torch.float32
+
+    @property
+    def _decoded(self) -> tuple[int, int]:
+        """(h, w) of the latents that are decoded at once."""
+        factor = self.family.autoencoder.factor
+        return min(self.height, self.tile or self.height) // factor, min(self.width, self.tile or self.width) // factor
+
+    def _decode(self, pictures: int) -> int:
+        return decoder_bytes(self.family.autoencoder, *self._decoded, pictures, self.dtype, self.kernels)
+
+    def decoder_room(self, pictures: int) -> int:
+        return decoder_room(self.family.autoencoder, *self._decoded, pictures)
 
     def decoder(self, pictures: int) -> int:
         """With the finished pictures in float32, and those in work twice, as they are blended and converted."""
-        config = self.family.autoencoder
-        h, w = (min(side, self.tile or side) // config.factor for side in (self.height, self.width))
-        taken = decoder_bytes(config, h, w, pictures, self.dtype, self.kernels)
+        config, taken = self.family.autoencoder, self._decode(pictures)
+        if self.hastened:
+            h, w = (side // config.factor for side in (self.height, self.width))
+            left = unet_room(self.family.unet, h, w, min(MAX_ROWS, 2 * self.count)) if taken < LARGE else 0
+            taken += self.decoder_room(pictures) + left
         return taken + 4 * config.image_channels * (self.count + 2 * pictures) * self.width * self.height
 
     def held(self, name: str | None = None) -> int:
@@ -151,6 +183,7 @@ def _settings(
     device: torch.device,
     dtype: torch.dtype | None,
     kept: str,
+    fast: bool,
 ) -> Iterator[_Setting]:
     """From the plainest to the thriftiest; what is named last changes first."""
     cpu, factor = device.type == "cpu", family.autoencoder.factor
@@ -161,7 +194,7 @@ def _settings(
     moves = (False,) if cpu else (False, True)
     numbers = network_numbers(family)
     for kind, tile, moved, rows in product(dtypes, tiles, moves, SLICES):
-        yield _Setting(family, width, height, count, device, numbers, kind, tile, moved, rows, kept)
+        yield _Setting(family, width, height, count, device, numbers, kind, tile, moved, rows, kept, fast)
 
 
 def plan(
@@ -173,14 +206,16 @@ def plan(
     device: torch.device,
     dtype: torch.dtype | None = None,
     kept: str = "full",
+    fast: bool = False,
 ) -> Plan:
     """The least thrifty plan for `count` pictures of width x height px whose estimate is within `budget` bytes.
 
     First goes what changes nothing but time: fewer rows a call and pictures a decode, slices, moving networks. Then
-    tiles; where `dtype` is None, a CPU's last is bfloat16. `kept` is how the U-Net's weights are: full, int8, fp8.
+    tiles; where `dtype` is None, a CPU's last is bfloat16. `kept` is how the U-Net's weights are: full, int8, fp8. With
+    `fast` there is room for what layers work in that are hastened.
     ValueError with the least estimate where none fits.
     """
-    settings = list(_settings(family, width, height, count, device, dtype, kept))
+    settings = list(_settings(family, width, height, count, device, dtype, kept, fast))
     for setting in settings:
         found = setting.plan(budget)
         if found.estimate <= budget:
@@ -225,6 +260,12 @@ def apply(plan: Plan, model: Model) -> Offload | None:
     for network in (model.unet, model.autoencoder):
         slice_attention(network, plan.attention_slice)
     return offload(model.networks, model.device) if plan.offload else None
+
+
+def query_rows_of(model: Model) -> int | None:
+    """The query rows to which a model's attention is bounded, in all its networks alike."""
+    modules = (module for network in (model.unet, model.autoencoder) for module in network.modules())
+    return next((module.query_rows for module in modules if hasattr(module, "query_rows")), None)  # type: ignore[return-value]
 
 
 def budget(vram: float | None, device: torch.device) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.layers import Conv2d, Upsample, attend, group_norm, pad
@@ -66,8 +65,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.silu(self.norm1(x)))
-        out = self.conv2(F.silu(self.norm2(out)))
+        out = self.conv1(self.norm1(x, silu=True))
+        out = self.conv2(self.norm2(out, silu=True))
         return out + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -151,7 +150,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -174,7 +173,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for index in reversed(range(len(self.up))):
             x = self.up[index](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class Autoencoder(nn.Module):

@@ -9,64 +9,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sfumato.kernels import linear as products
+from sfumato.kernels import winograd as kernels
+from sfumato.kernels.build import library
+from sfumato.models.costs import KEPT, capability, cheapest
 from sfumato.models.room import Room
 from sfumato.models.winograd import BAND, columns, convolve, transform
 
 CONTEXTS = 4  # kept at once: of a network's calls, those for a prompt and for what it is guided from may take turns
 
-# What a call costs on one AVX2 core, fitted to measurements (docs/performance.md): milliseconds for 1e9 products, for
-# 1e6 numbers of the weight that is multiplied with, for 1e6 numbers of the maps that are, and in any case.
-_COSTS = {
-    "direct": (21.7, 0.5, 0.3, 0.01),
-    "ordered": (21.7, 0.1, 0.3, 0.01),
-    "columns": (24.0, 0.3, 1.0, 0.1),
-    "winograd": (25.0, 0.4, 2.2, 0.15),
-}
-_ORDERED = 1_500_000  # numbers of a weight; what lies beyond, PyTorch's convolution brings into its order more slowly
-_ORDERING = 3.8  # milliseconds for 1e6 of those
-_TRANSFORM = 0.9  # milliseconds for 1e6 numbers of a transformed weight that is not kept
 
-
-# Ways that a weight may be kept for: in the order that PyTorch's convolution brings it into at every call, transformed.
-KEPT = ("ordered", "winograd2", "winograd4")
-
-
-@cache
-def quickest(shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple[str, ...] = ()) -> str:
+def quickest(
+    shape: tuple[int, ...], out_channels: int, stride: int, kept: tuple[str, ...] = (), compiled: bool = False
+) -> str:
     """Which way is likely the quickest for a 3 x 3 convolution of a map of `shape` (B, C, h, w), padded by a cell.
 
-    "direct" (PyTorch's own), "columns", or one of KEPT; of a forward pass alone. For the ways in `kept` the weight is
-    there as it is wanted, or will be kept so; without that "ordered" is none.
+    "direct" (PyTorch's own), "columns", or one of KEPT, tiles by kernels where they are `compiled`; of a forward pass
+    alone. For the ways in `kept` the weight is there as it is wanted, or will be kept so; without that "ordered" is
+    none.
     """
-    batch, channels, height, width = shape
-    results = batch * -(-height // stride) * -(-width // stride)
-    weight = channels * out_channels
-    maps = batch * channels * height * width + results * out_channels
-
-    def cost(way: str, parallel: int, numbers: int, moved: int) -> float:
-        a, b, c, least = _COSTS[way]
-        return least + a * parallel * weight / 1e9 + b * numbers / 1e6 + c * moved / 1e6
-
-    costs = {
-        "direct": cost("direct", 9 * results, 9 * weight, maps) + _ORDERING * max(0, 9 * weight - _ORDERED) / 1e6,
-        "columns": cost("columns", 9 * results, 9 * weight, 9 * results * channels),
-    }
-    if "ordered" in kept:
-        costs["ordered"] = cost("ordered", 9 * results, 9 * weight, maps)
-    if stride == 1:
-        for m in (2, 4):
-            n, tiles = (m + 2) ** 2, batch * -(-height // m) * -(-width // m)
-            costs[f"winograd{m}"] = cost("winograd", n * tiles, n * weight, n * tiles * (channels + out_channels))
-            if f"winograd{m}" not in kept:
-                costs[f"winograd{m}"] += _TRANSFORM * n * weight / 1e6
-    return min(costs, key=lambda way: costs[way])
+    return cheapest("drawing", compiled, shape, out_channels, stride, kept)
 
 
 @cache
@@ -89,10 +60,54 @@ def convolve_ordered(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, ones, sides, ones, 1, "none", [], "")
 
 
+@cache
+def products_by_kernels() -> bool:
+    """Whether compiled products are the faster ones here: where MKL leaves AVX-512 unused, which it does on AMD's."""
+    if capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "AuthenticAMD" in told
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, room: Room | None) -> Tensor:
+    """A linear layer of x (..., C), weight (O, C), bias (O,): with a room, by compiled products where they are faster.
+
+    Those are for float32 on a CPU; with gradients.
+    """
+    if room is None or not _by_kernels(x, weight):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        out: Tensor = products.Linear.apply(rows, weight, bias, room)
+    else:
+        out = products.multiply(rows, weight, room, bias, turned=True)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _by_kernels(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not x.numel():
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return products_by_kernels() and library() is not None
+
+
+class Linear(nn.Linear):
+    """PyTorch's, to the bit unless it has `room` to be faster: see `hasten`."""
+
+    room: Store | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, self.room)
+
+
 def plain(*layers: nn.Module) -> bool:
     """Whether these are PyTorch's linear layers as they are: no delta beside them, no hook."""
     return all(
-        type(layer) is nn.Linear
+        type(layer) in (nn.Linear, Linear)
         and "forward" not in vars(layer)
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
@@ -105,6 +120,13 @@ def may_be_kept(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def text_may_be_kept(context: Tensor) -> bool:
+    """Whether a text's keys and values may be kept from this call: as `may_be_kept`, but in bfloat16 as well."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return context.device.type == "cpu" and context.dtype in (torch.float32, torch.bfloat16)
 
 
 class _Made:
@@ -184,11 +206,11 @@ class Store(Room):
         may: tuple[str, ...] = ()
         if self.most and not weight.is_inference():  # PyTorch counts no changes of those others
             may = KEPT if can_order() else KEPT[1:]
-        shape = tuple(x.shape)
-        way = quickest(shape, weight.shape[0], stride, may)
+        shape, compiled = tuple(x.shape), library() is not None
+        way = quickest(shape, weight.shape[0], stride, may, compiled)
         if way in may and way not in kept and not self._fits(weight, way):
             may = tuple(each for each in may if each in kept or self._fits(weight, each))
-            way = quickest(shape, weight.shape[0], stride, may)
+            way = quickest(shape, weight.shape[0], stride, may, compiled)
         if way == "direct":
             return None
         if way == "columns":
@@ -197,7 +219,8 @@ class Store(Room):
             kept = self._keep(weight, way, stride, shape)
         if way == "ordered":
             return convolve_ordered(x, kept[way], bias, stride)
-        return convolve(x, weight, bias, int(way[-1]), self, kept.get(way))
+        work = kernels.convolve if compiled else convolve
+        return work(x, weight, bias, int(way[-1]), self, kept.get(way))
 
     def _kept(self, weight: Tensor) -> dict[str, Tensor]:
         """The weight by the ways that it is kept for, if nothing was written to it since."""
@@ -210,12 +233,21 @@ class Store(Room):
         return found[1]
 
     def _fits(self, weight: Tensor, way: str) -> bool:
-        products = 9 if way == "ordered" else (int(way[-1]) + 2) ** 2
-        return self.num_bytes + 4 * products * weight.shape[0] * weight.shape[1] <= self.most
+        outs, channels = weight.shape[:2]
+        if way == "ordered":
+            numbers = 9 * outs * channels
+        elif library() is not None:
+            numbers = kernels.packed_numbers(channels, outs, int(way[-1]))
+        else:
+            numbers = (int(way[-1]) + 2) ** 2 * outs * channels
+        return self.num_bytes + 4 * numbers <= self.most
 
     def _keep(self, weight: Tensor, way: str, stride: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            made = ordered(weight, stride, shape) if way == "ordered" else transform(weight, int(way[-1]))
+            if way == "ordered":
+                made = ordered(weight, stride, shape)
+            else:
+                made = (transform if library() is None else kernels.pack)(weight, int(way[-1]))
         _, ways = self._weights.setdefault(weight, (_Made(weight), {}))
         ways[way] = made
         return ways
@@ -273,16 +305,22 @@ class Store(Room):
         step = max(128, BAND // (8 * inner))
         if 2 * rows.shape[0] <= step:  # small enough as it is
             value, gate = first(x).chunk(2, dim=-1)
-            return last(value * torch.nn.functional.gelu(gate))
+            return last(value * F.gelu(gate))
         weights, biases = first.weight.split(inner), first.bias.split(inner)
         for begin in range(0, rows.shape[0], step):
             part = rows[begin : begin + step]
             value, gate = (self.take(name, part.shape[0], inner) for name in ("value", "gate"))
             for into, weight, bias in zip((value, gate), weights, biases, strict=True):
-                torch.addmm(bias, part, weight.t(), out=into)
+                self._linear(part, weight, bias, into)
             value.mul_(torch.ops.aten.gelu_(gate))
-            torch.addmm(last.bias, value, last.weight.t(), out=out[begin : begin + step])
+            self._linear(value, last.weight, last.bias, out[begin : begin + step])
         return out.view(*x.shape[:-1], last.out_features)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+        if _by_kernels(x, weight):
+            products.multiply(x, weight, self, bias, turned=True, out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
         return Store(self.most)

@@ -14,20 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.inference import Store, may_be_kept
+from sfumato.kernels import norm as compiled
+from sfumato.kernels import winograd as kernels
+from sfumato.kernels.attention import attention
+from sfumato.kernels.build import library
+from sfumato.models.inference import Store, linear, may_be_kept
 from sfumato.models.winograd import Columns, Winograd, fastest
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False, query_rows: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    causal: bool = False,
+    query_rows: int | None = None,
+    quick: bool = False,
 ) -> Tensor:
     """Multi-head attention, softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
 
     q (B, L, D), k and v (B, M, D), D divisible by num_heads; causal hides later tokens. Returns (B, L, D). With
     `query_rows` the scores, where a device holds them, are never more than (B, heads, query_rows, M) at a time.
+    `quick` allows compiled code where it is faster, which rounds otherwise.
     """
+    if quick and not causal and (found := attention(q, k, v, num_heads)) is not None:
+        return found
     batch, length, width = q.shape
 
     def split(z: Tensor) -> Tensor:
@@ -131,7 +144,7 @@ def check_heads(width: int, num_heads: int) -> int:
     return num_heads
 
 
-def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int, eps: float) -> GroupNorm:
     """Group normalisation (Wu & He 2018); ValueError where the groups do not divide the channels."""
     if groups < 1 or channels % groups:
         raise ValueError(f"norm_groups={groups} must divide the channel count {channels}")
@@ -139,22 +152,48 @@ def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's; small maps of few channels a group in 16 bits on a CPU go through float32.
+    """PyTorch's, to the bit unless it has `room` to be faster: see `hasten`.
 
-    Those that lie channels last take PyTorch 4 to 6 times as long in 16 bits as in 32: benchmarks/quick.py.
+    In 16 bits on a CPU PyTorch takes 4 to 6 times as long for small maps of few channels a group that lie channels last
+    as in 32 (benchmarks/quick.py): those go through float32.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self._is_slow_in_half(input):
-            weight, bias = self.weight.float(), self.bias.float()
-            with torch.autocast("cpu", enabled=False):
-                return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
-        return super().forward(input)
+    room: Store | None = None
+
+    def forward(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        """Of input (B, C, ...) and a `shift` (B, C) of all its cells together; then SiLU where asked."""
+        if self.room is not None:
+            quick = compiled.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu, shift)
+            if quick is not None:
+                return quick
+        if shift is not None:
+            input = input + shift[:, :, None, None]
+        normal = self._through_float32(input) if self._is_slow_in_half(input) else super().forward(input)
+        return F.silu(normal) if silu else normal
+
+    def _through_float32(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        with torch.autocast("cpu", enabled=False):
+            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
     def _is_slow_in_half(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or x.dtype not in HALVES or x.dim() != 4 or x.is_contiguous():
             return False
         return self.num_channels // self.num_groups < 16 and x.shape[2] * x.shape[3] < 1024
+
+
+def normal_silu_conv(layers: nn.Sequential, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """A sequence that begins with a group norm and SiLU, of x (B, C, h, w) + shift (B, C): of both at once if hastened.
+
+    Not hastened it is the plain sequence, to the bit.
+    """
+    norm, _, *rest = layers
+    if norm.room is None:
+        return layers(x if shift is None else x + shift[:, :, None, None])
+    x = norm(x, silu=True, shift=shift)
+    for layer in rest:
+        x = layer(x)
+    return x
 
 
 class Embedding(nn.Embedding):
@@ -209,17 +248,19 @@ class Conv2d(nn.Conv2d):
     def _quickly(self, x: Tensor, room: Store) -> Tensor:
         if self.kernel_size == (1, 1):
             flat = self.weight.permute(0, 2, 3, 1).flatten(1)  # so that its gradient, too, lies channels last
-            return F.linear(x.permute(0, 2, 3, 1), flat, self.bias).permute(0, 3, 1, 2)
+            return linear(x.permute(0, 2, 3, 1), flat, self.bias, room).permute(0, 3, 1, 2)
         if may_be_kept(x):
             quick = room.convolution(x, self.weight, self.bias, self.stride[0])
             return super().forward(x) if quick is None else quick
-        way = fastest(tuple(x.shape), self.out_channels, self.stride[0])
+        by_kernels = library() is not None
+        way = fastest(tuple(x.shape), self.out_channels, self.stride[0], by_kernels)
         if way == "direct":
             return super().forward(x)
         if way == "columns":
             out: Tensor = Columns.apply(x, self.weight, self.bias, self.stride[0], room)
         else:
-            out = Winograd.apply(x, self.weight, self.bias, int(way[-1]), room)
+            function = kernels.Winograd if by_kernels else Winograd
+            out = function.apply(x, self.weight, self.bias, int(way[-1]), room)
         return out
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from sfumato.models.inference import Linear
 from sfumato.models.layers import Conv2d
 
 Kind: TypeAlias = Literal["int8", "fp8"]
@@ -133,7 +134,7 @@ def _layers(network: nn.Module) -> list[nn.Linear | Conv2d]:
     for name, layer in network.named_modules():
         if isinstance(layer, _Coded):
             raise ValueError(f"weights: {name} is of 8 bits already")
-        if type(layer) is nn.Linear or (type(layer) is Conv2d and layer.kernel_size in KERNELS):
+        if type(layer) in (nn.Linear, Linear) or (type(layer) is Conv2d and layer.kernel_size in KERNELS):
             if "forward" in vars(layer):
                 raise ValueError(f"weights: {name} has a delta beside it; take it off first")
             if layer.weight.numel() >= LEAST:

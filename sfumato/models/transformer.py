@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.inference import Store, may_be_kept, plain
+from sfumato.kernels.gated import gated
+from sfumato.models.inference import Linear, Store, may_be_kept, plain, text_may_be_kept
 from sfumato.models.layers import Conv2d, attend, attention_map, check_heads, group_norm, zero
 from sfumato.models.merging import Merging
 
@@ -55,10 +56,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = check_heads(dim, num_heads)
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim, dim, bias=False)
+        self.to_v = Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim))
         self.query_rows: int | None = None
         self.context_dim = context_dim
         self.worn: tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ...] = ()
@@ -70,14 +71,15 @@ class CrossAttention(nn.Module):
                 asked.maps.append(attention_map(q, k, self.num_heads))
             if self in asked.identity:
                 return self.to_out(v)
-        return self.to_out(attend(q, k, v, self.num_heads, query_rows=self.query_rows))
+        quick = self.room is not None
+        return self.to_out(attend(q, k, v, self.num_heads, query_rows=self.query_rows, quick=quick))
 
     def weights(self, x: Tensor, context: Tensor) -> Tensor:
         """Where x (B, M, dim) looks in the context (B, L, D): the mean map of the heads, (B, M, L) float32."""
         return attention_map(self.to_q(x), self.to_k(self._contexts(context)[0]), self.num_heads).mean(dim=1)
 
     def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        if self.room is not None and not self.worn and may_be_kept(context) and plain(self.to_k, self.to_v):
+        if self.room is not None and not self.worn and text_may_be_kept(context) and plain(self.to_k, self.to_v):
             return self.room.keys_values(context, self.to_k, self.to_v)
         keys, values = self._contexts(context)
         return self.to_k(keys), self.to_v(values)
@@ -93,12 +95,17 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     """Gated GELU (Shazeer 2020)."""
 
+    room: Store | None = None
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
+        self.proj = Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        both = self.proj(x)
+        if self.room is not None and (found := gated(both)) is not None:
+            return found
+        value, gate = both.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
@@ -109,7 +116,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.room is not None:
@@ -178,7 +185,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero(self._projection(channels))
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
+        return Linear(channels, channels) if self.linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, asked: Asked | None = None) -> Tensor:
         batch, channels, height, width = x.shape

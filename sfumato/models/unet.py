@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.models.freeu import free_u
-from sfumato.models.inference import Store, may_be_kept
-from sfumato.models.layers import Conv2d, Embedding, Upsample, group_norm, timestep_embedding, wrapped, zero
+from sfumato.models.inference import Linear, Store, text_may_be_kept
+from sfumato.models.layers import (
+    Conv2d,
+    Embedding,
+    Upsample,
+    group_norm,
+    normal_silu_conv,
+    timestep_embedding,
+    wrapped,
+    zero,
+)
 from sfumato.models.merging import Merging
 from sfumato.models.residuals import Residuals
 from sfumato.models.reuse import Deep
@@ -85,7 +94,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             group_norm(in_channels, groups, 1e-5), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, groups, 1e-5),
             nn.SiLU(),
@@ -96,8 +105,9 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        out = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(out)
+        out = normal_silu_conv(self.in_layers, x)
+        out = normal_silu_conv(self.out_layers, out, shift=self.emb_layers(emb))
+        return self.skip_connection(x) + out
 
 
 class Downsample(nn.Module):
@@ -274,7 +284,7 @@ class UNet(Encoder):
         asked = None if state is None else self._asked(state, [] if maps is None else maps, cross)
         if merging is not None:
             asked = replace(asked or Asked(), merging=merging, cells=self._finest(x.shape[2] * x.shape[3]))
-        if self.room is not None and may_be_kept(context):
+        if self.room is not None and text_may_be_kept(context):
             context = self.room.known(context)
         freeu = None if state is None else state.freeu
         with wrapped(self, state.seamless) if state is not None and any(state.seamless) else nullcontext():
@@ -309,7 +319,7 @@ class UNet(Encoder):
             if freeu is not None and stage < 2:
                 x, skip = free_u(x, skip, b=freeu[stage], s=freeu[stage + 2])
             x = block(torch.cat([x, skip], dim=1), *told)
-        return self.out(x)
+        return normal_silu_conv(self.out, x)
 
     def _finest(self, cells: int) -> int:
         """The cells at the highest resolution that has self-attention, of so many latent cells."""

@@ -1,4 +1,4 @@
-"""3 x 3 convolutions on a CPU as matrix products: Winograd's minimal filtering, and columns; which one when.
+"""3 x 3 convolutions on a CPU as matrix products, in PyTorch's operations: Winograd's minimal filtering, and columns.
 
 Winograd 1980 and Lavin & Gray 2016: F(m x m, 3 x 3) takes (m + 2)^2 products for m^2 results of nine each. All of it
 is float32 on maps that lie channels last, with weights that do. Knows nothing of modules.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sfumato.models.costs import cheapest
 from sfumato.models.room import Room
 
 # Lavin & Gray 2016, section 4: of tiles (B^T), of filters (G), of results (A^T).
@@ -47,15 +48,6 @@ _RESULTS = {
     4: ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
 }
 
-# What a training step's forward and backward pass cost on one AVX2 core, fitted to measurements (docs/performance.md):
-# milliseconds for 1e9 products, 1e6 numbers of the weight that is multiplied with, 1e6 numbers of the maps that are.
-_COSTS = {
-    "direct": (64.0, 5.0, 2.6),
-    "columns": (66.2, 1.6, 3.5),
-    "winograd2": (81.5, 3.3, 5.0),
-    "winograd4": (70.0, 4.3, 7.0),
-}
-
 BAND = 16 * 2**20  # bytes of a piece: the C library keeps blocks below 32 MiB, larger ones are new pages every time
 
 
@@ -68,28 +60,13 @@ def _matrices(m: int) -> tuple[Tensor, Tensor, Tensor]:
     return tiles, filters, results
 
 
-@cache
-def fastest(shape: tuple[int, ...], out_channels: int, stride: int) -> str:
+def fastest(shape: tuple[int, ...], out_channels: int, stride: int, compiled: bool = False) -> str:
     """Which way is likely the fastest for a 3 x 3 convolution of a map of `shape` (B, C, h, w), padded by a cell.
 
-    "direct" (PyTorch's own), "columns", "winograd2" or "winograd4"; of a forward and a backward pass together.
+    "direct" (PyTorch's own), "columns", "winograd2" or "winograd4", the last two by kernels where they are `compiled`;
+    of a forward and a backward pass together.
     """
-    batch, channels, height, width = shape
-    results = batch * -(-height // stride) * -(-width // stride)
-    weight = channels * out_channels
-    maps = batch * channels * height * width + results * out_channels
-    # multiplied in parallel, and numbers of the weight, and of the maps
-    sizes = {"direct": (9 * results, 9 * weight, maps), "columns": (9 * results, 9 * weight, 9 * results * channels)}
-    if stride == 1:
-        for m in (2, 4):
-            n, tiles = (m + 2) ** 2, batch * -(-height // m) * -(-width // m)
-            sizes[f"winograd{m}"] = (n * tiles, n * weight, n * tiles * (channels + out_channels))
-
-    def cost(way: str) -> float:
-        (parallel, numbers, moved), (a, b, c) = sizes[way], _COSTS[way]
-        return a * parallel * weight / 1e9 + b * numbers / 1e6 + c * moved / 1e6
-
-    return min(sizes, key=cost)
+    return cheapest("training", compiled, shape, out_channels, stride)
 
 
 def _each(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from sfumato.images.annotate import ANNOTATORS, annotate, find_annotator
 from sfumato.images.fitting import fitted
 from sfumato.memory import GIB, free_memory
 from sfumato.models.hed import HEDConfig
-from sfumato.server.service import Service
 from sfumato.types import Control
 from sfumato.weights.controls import hed
 from sfumato.weights.controls.files import opened
@@ -25,6 +25,9 @@ from sfumato.weights.controls.names import kin_of
 from sfumato.weights.files import open_tensors
 from sfumato.weights.shelf import Shelf
 from sfumato.weights.towers import FILES
+
+if TYPE_CHECKING:  # which makes its jobs' hints with what is here
+    from sfumato.server.service import Service
 
 SLACK = 1.35  # of what a network's tensors take, as for U-Nets (memory/estimate.py)
 

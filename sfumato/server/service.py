@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -157,6 +157,24 @@ class Service:
                 room = float("inf")
             return act() if taken <= room else self.between(act)
 
+    def _aside(self, acts: Sequence[tuple[Callable[[], None], int]]) -> Future[None]:
+        """Do such acts `beside`, one after the other, in a thread of their own, and look again once they are done."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                for act, taken in acts:
+                    self.beside(act, taken)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            with self._changed:
+                self._changed.notify()
+
+        threading.Thread(target=run, name="sfumato hints", daemon=True).start()
+        return future
+
     @property
     def alive(self) -> bool:
         """Whether it can draw."""
@@ -200,7 +218,16 @@ class Service:
 
     @property
     def _has_jobs(self) -> bool:
-        return any(line.waiting or line.works for line in self._lines.values())
+        """Whether a step would do something: not where all works wait for hints, and there is no room for more."""
+        lines = self._lines.values()
+        works = [work for line in lines for work in line.works]
+        waiting = [ticket for line in lines for ticket, _ in line.waiting]
+        if any(not work.preparing or work.ticket.cancelling for work in works):
+            return True
+        if any(ticket.cancelling for ticket in waiting):
+            return True
+        room = not works if self.deterministic else sum(line.rows for line in lines) < self.rows
+        return bool(waiting) and room
 
     def _step(self) -> None:
         """Drop what was cancelled, begin what there is room for, answer all once, go on with what is drawn."""
@@ -275,7 +302,7 @@ class Service:
         if work is None:
             with self._changed:
                 ticket, shelf = line.waiting.popleft()
-                work = Work(ticket, self.pipeline, shelf)
+                work = Work(ticket, self.pipeline, shelf, self._aside)
                 line.works.append(work)
             self._guarded(line, work, work.begin)
         if work.waiting:

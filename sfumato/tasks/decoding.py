@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from sfumato.families import Model
 from sfumato.images import to_uint8
-from sfumato.memory.estimate import Kernels, decoder_bytes
+from sfumato.memory.estimate import LARGE, Kernels, decoder_bytes
 from sfumato.memory.pages import hand_back
 from sfumato.models import tiling
 from sfumato.models.autoencoder import Autoencoder
 from sfumato.models.inference import Store
 
 log = logging.getLogger(__name__)
-
-LARGE = 256 * 2**20  # bytes of a decode; such a one takes seconds on a CPU, and to map 1 GB of weights again 0.1
 
 
 @torch.inference_mode()

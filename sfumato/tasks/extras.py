@@ -142,10 +142,26 @@ class Extras:
         if isinstance(network, Prompting):
             tokens, none = network.tokens(pixels, self.tower(control))
             return Steer(network, tokens, control.weight, **window), Steer(network, none, control.weight, **window)
-        hint = self.hint(control, pixels, int(job.width or 0), int(job.height or 0))
+        made = self.pictures.hints.get(_hint_name(control, job))
+        hint = self.hint(control, pixels, int(job.width or 0), int(job.height or 0)) if made is None else made
         hint = hint.to(self.model.device, self.model.dtype)
         steer = Steer(network, hint, weights_of(control, network.count(hint)), **window)
         return steer, steer if control.mode in ("balanced", "prompt") else None
+
+    def unmade(self, job: Job) -> dict[Hashable, Callable[[], Tensor]]:
+        """What makes each hint of a complete job that a network finds, by its name among `pictures.hints`.
+
+        Without those that are there. They may be made in another thread: nothing is changed that draws.
+        """
+        found: dict[Hashable, Callable[[], Tensor]] = {}
+        for number, control in enumerate(job.controls):
+            name = _hint_name(control, job)
+            if control.annotate is None or name in self.pictures.hints or isinstance(self.control(control), Prompting):
+                continue
+            if find_annotator(control.annotate).network is not None:
+                pixels = self.pictures.picture(control.image or str(job.image), f"controls[{number}].image").pixels
+                found[name] = partial(self.hint, control, pixels, int(job.width or 0), int(job.height or 0))
+        return found
 
     def tower(self, control: Control) -> ImageTower:
         """The image encoder that an IP-Adapter was made with: the one that its control names, else the only one."""
@@ -203,6 +219,12 @@ class Extras:
             if path.is_file():
                 found[f"{kind}:{name}"] = sha256(path)
         return found
+
+
+def _hint_name(control: Control, job: Job) -> Hashable:
+    """What a control's hint for a complete job is known by: all that it is made of."""
+    options = tuple(sorted(control.options.items()))
+    return control.image or job.image, control.annotate, options, control.resize, job.width, job.height
 
 
 def _window(rest: Sequence[str], name: str) -> tuple[float, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from sfumato.images import Picture, mask_of, read_picture
 from sfumato.types import Job
@@ -20,6 +21,7 @@ class Pictures:
     def __init__(self, given: Mapping[str, Picture] | None = None) -> None:
         self._given = dict(given or {})
         self._read: dict[str, Picture] = {}
+        self.hints: dict[Hashable, Tensor] = {}  # made of them beforehand: see tasks/extras.py
 
     def picture(self, name: str, field: str) -> Picture:
         """The picture of a name; ValueError names the job's field."""

@@ -28,6 +28,7 @@ from sfumato.train.config import LoopConfig
 from sfumato.train.data import LatentBatch
 from sfumato.train.data.order import Examples
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, States
+from sfumato.train.distributed import joined
 from sfumato.train.loop import fit
 from sfumato.train.lora import LoRAConfig, LoRAObjective, kohya_facts, lora_result, new_lora
 from sfumato.train.personal import keep_settings
@@ -112,11 +113,14 @@ class ConsistencyObjective:
         sigmas = torch.as_tensor(schedule.sigmas, dtype=torch.float32)
         x = x0 + sigmas[t].to(device)[:, None, None, None] * noise
         told = self._told(batch, batch.captions)
+        # First what has gradients: older PyTorch's autocast keeps 16-bit weights as they are first asked for, and those
+        # of a pass without gradients would cut the student off from its own.
+        found = self.consistent(x, t, told)
         with torch.no_grad():
             guided = self._guided(x, sigmas[t], told, self._told(batch, [""] * len(x0)))
             lower = ddim_step(x, guided, sigmas[t].to(device), sigmas[t_next].to(device))
             target = self.consistent(lower, t_next, told)
-        error = self.consistent(x, t, told) - target
+        error = found - target
         loss = ((error.square() + self.config.huber**2).sqrt() - self.config.huber).mean()
         return loss, {"loss": loss}
 
@@ -217,26 +221,30 @@ def distil(
     """Train, and return the result: an adapter, or a whole checkpoint without `lora`; `name`.safetensors in `folder`.
 
     `dtype` is what an adapter is written in, None as it is trained; a checkpoint is in float32. The run in the folder
-    goes on where it stopped; ValueError where it is another's.
+    goes on where it stopped; under torchrun all ranks train it, and the first one writes. ValueError where it is
+    another's, and for a run in shards.
     """
+    if loop.shard:
+        raise ValueError("shard=True: a student and its teacher lie whole on every rank")
     path = folder / f"{name}.safetensors"
     told: dict[str, Any] = {"trainer": "consistency", **asdict(config), "lora": None if lora is None else asdict(lora)}
-    keep_settings(folder, told | {"base": model.hash})
     samples = None if watched is None else Samples(model.family, model.networks, watched, folder)
-    if lora is None:
-        fit(whole_consistency(model, config), examples, loop, folder, Whole(model, path), samples)
-        return path
-    objective, made = beside_consistency(model, config, lora, torch.Generator().manual_seed(loop.seed))
+    with joined(model.device) as ranks:
+        settings = told | {"base": model.hash} if ranks.first else {}
+        ranks.first_does(lambda: keep_settings(folder, settings))
+        if lora is None:
+            fit(whole_consistency(model, config), examples, loop, folder, Whole(model, path), samples)
+            return path
+        objective, made = beside_consistency(model, config, lora, torch.Generator().manual_seed(loop.seed))
 
-    def save(state: State) -> None:
-        facts = kohya_facts(made, state, loop, PLAIN, name) | {"sfumato.consistency": json.dumps(asdict(config))}
-        save_adapter(path, lora_result(made, state), model.family, metadata=facts, dtype=dtype)
+        def save(state: State) -> None:
+            facts = kohya_facts(made, state, loop, PLAIN, name) | {"sfumato.consistency": json.dumps(asdict(config))}
+            save_adapter(path, lora_result(made, state), model.family, metadata=facts, dtype=dtype)
 
-    try:
-        state = fit(objective, examples, loop, folder, save, samples)
-        if not path.exists():
-            save(state)
-    finally:
-        made.detach()
-        hasten(model.unet, on=False)
+        try:
+            state = fit(objective, examples, loop, folder, save, samples)
+            ranks.first_does(lambda: None if path.exists() else save(state))
+        finally:
+            made.detach()
+            hasten(model.unet, on=False)
     return path

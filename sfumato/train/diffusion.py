@@ -107,10 +107,11 @@ def _joined(parts: Sequence[S]) -> S:
     """Rows of one caption each as a batch, float32."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)]).float()  # type: ignore[return-value]
+        return torch.cat([part.float() for part in parts if isinstance(part, Tensor)])  # type: ignore[return-value]
     texts = [part for part in parts if isinstance(part, Texts)]
-    pooled = [part.pooled for part in texts if part.pooled is not None]
-    return Texts(torch.cat([part.context for part in texts]).float(), torch.cat(pooled).float() if pooled else None)
+    pooled = [part.pooled.float() for part in texts if part.pooled is not None]
+    # float before joining: autocast on a CPU refuses to join fp16
+    return Texts(torch.cat([part.context.float() for part in texts]), torch.cat(pooled) if pooled else None)
 
 
 def draw_timesteps(config: DiffusionConfig, total: int, count: int, generator: torch.Generator) -> Tensor:

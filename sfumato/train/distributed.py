@@ -171,6 +171,8 @@ def spread(
     if shard:
         mesh = init_device_mesh(next(trained.parameters()).device.type, (ranks.count,))
         whole = {p for p in trained.parameters() if p.ndim == 0}  # a single number cannot be spread
+        for parameter in trained.parameters():  # FSDP2 takes no other memory order, such as channels last
+            parameter.data = parameter.data.contiguous()
         for member in list(_blocks(trained, block)):
             fully_shard(member, mesh=mesh, ignored_params=whole)
         fully_shard(module, mesh=mesh, ignored_params=whole)
