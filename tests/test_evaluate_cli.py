@@ -131,7 +131,12 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, drawn, capsys)
 
 @pytest.mark.parametrize(
     "more, name",
-    [(["--steps", 3], "steps=2, now 3"), (["--precision", "bf16"], "precision=None, now 'bfloat16'"), (["--seed", 5], "seed=0"), (["--resize", "legacy-tf"], "features")],
+    [
+        (["--steps", 3], "steps=2, now 3"),
+        (["--precision", "bf16"], "precision=None, now 'bfloat16'"),
+        (["--seed", 5], "seed=0"),
+        (["--resize", "legacy-tf"], "features"),
+    ],
 )
 def test_another_run_in_the_same_folder_is_refused(flags, tmp_path, capsys, more, name):
     small = [*flags, "--guidance", "2", "--out", tmp_path]

@@ -62,9 +62,7 @@ def run_consistency(args: argparse.Namespace) -> int:
         examples = latents_of(model, pictures, shown_of(args, model), loop)
         path = distil(model, examples, args.out, name, loop, config, adapter, watched, dtype)
         return done(path, pictures)
-    whole = loop.batch_size * int(
-        os.environ.get("WORLD_SIZE", "1")
-    )  # torchrun says so
+    whole = loop.batch_size * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun says so
     cached = CachedLatents(args.latents, fingerprint(model.autoencoder)).in_batches(whole, loop.seed)
     print(distil(model, cached, args.out, name, loop, config, adapter, watched, dtype))
     return 0
