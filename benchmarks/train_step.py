@@ -33,6 +33,7 @@ from sfumato.kernels.build import library
 from sfumato.models import costs
 from sfumato.models.layers import hasten
 from sfumato.models.unet import UNetConfig
+from sfumato.train.optimizers import AdamW
 from sfumato.weights.checkpoint import load_model
 from sfumato.weights.placing import place
 
@@ -70,7 +71,7 @@ def networks(shape: Shape) -> dict[str, nn.Module]:
 
 def stepper(name: str, network: nn.Module, shape: Shape, precision: str) -> Callable[[int], float]:
     """A function that takes training step number n and returns its loss."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+    optimizer = AdamW(network.parameters(), lr=1e-5, betas=(0.9, 0.999))
     average = copy.deepcopy([p.detach() for p in network.parameters()])
     unet = shape.family.unet
 

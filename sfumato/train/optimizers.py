@@ -6,12 +6,30 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.train.config import LoopConfig
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW; its kernel gets weights that lie channels last as they lie in memory.
+
+    As they are it would bring each, its gradient and both moments into another order and back at every step.
+    """
+
+    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.01) -> None:
+        super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        found = super()._init_group(group, *lists)
+        for index, weight in enumerate(lists[0]):
+            if weight.ndim == 4 and not weight.is_contiguous() and weight.permute(0, 2, 3, 1).is_contiguous():
+                for tensors in lists[:4]:  # weights, gradients, both moments
+                    tensors[index] = tensors[index].permute(0, 2, 3, 1)
+        return found
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: float) -> torch.optim.Optimizer:
@@ -27,7 +45,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: f
         {"params": whole, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return _counting(torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True))
+        return _counting(AdamW(groups, lr=lr, betas=config.betas))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; or take adamw")
     library = importlib.import_module("bitsandbytes")
