@@ -230,7 +230,8 @@ class Pipeline:
         """What else than the job decides the last bit of a picture."""
         torch_version = torch.__version__.partition("+")[0]
         known = {"sfumato": __version__, "torch": torch_version, "device": self.model.device.type}
-        return known | ({"fast": "yes"} if self.fast else {}) | self.ways | self.bounds.facts
+        fast = {"fast": "yes"} | ({} if library() is None else {"kernels": "compiled"}) if self.fast else {}
+        return known | fast | self.ways | self.bounds.facts
 
     @property
     def bounds(self) -> Bounds:

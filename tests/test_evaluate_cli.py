@@ -305,3 +305,59 @@ def test_measured_once_and_anew_where_something_changed(tmp_path):
     assert once(path, "b", make, wait=False) == {"value": 3} and len(calls) == 3
     one, other = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
     assert len({key_of("a", one), key_of("a", other), key_of("b", one)}) == 3
+
+
+# --- results of several sweeps
+
+
+def test_joined_results_are_those_of_one_sweep(flags, tmp_path, capsys):
+    whole, one, two, out = (tmp_path / name for name in ("whole", "one", "two", "joined"))
+    assert evaluate(*flags, "--out", whole) == 0
+    for folder, guidance in ((one, "4"), (two, "1.5")):
+        assert evaluate(*flags, "--guidance", guidance, "--out", folder) == 0
+    files = [folder / "results.json" for folder in (one, two)]
+    assert evaluate("--join", *files, "--out", out) == 0
+    assert results(out) == results(whole)
+    assert load_png(out / "figure.png")[0].shape == load_png(whole / "figure.png")[0].shape
+    capsys.readouterr()
+    assert evaluate("--join", files[0], whole / "results.json", "--out", tmp_path / "no") == 2
+    assert "guidance 4 of" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda r: r.update(data="others, 3 pictures"), "of data 'others"),
+        (lambda r: r["points"][0].update(steps=9), "steps 9"),
+        (lambda r: r["points"][0]["metrics"]["clip-score"].update(hash="00"), "clip-score's hash '00'"),
+        (lambda r: r["points"][0]["metrics"].pop("cmmd"), "metrics ["),
+        (lambda r: r["points"][0].update({"model hash": "other", "guidance": 8}), "two models have the same name"),
+        (lambda r: r.pop("points"), "no points"),
+    ],
+)
+def test_results_that_cannot_stand_side_by_side_are_refused(flags, tmp_path, capsys, change, said):
+    out = tmp_path / "out"
+    assert evaluate(*flags, "--guidance", "4", "--out", out) == 0
+    other = results(out)
+    other["points"][0]["guidance"] = 8.0
+    change(other)
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(other))
+    capsys.readouterr()
+    assert evaluate("--join", out / "results.json", path, "--out", tmp_path / "no") == 2
+    found = capsys.readouterr().err
+    assert said in found and found.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def test_what_is_no_result_is_refused(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text("[]")
+    for words, said in (
+        (["--join", path, "--out", tmp_path / "out"], "no points"),
+        (["--join", tmp_path / "none.json", "--out", tmp_path / "out"], "not readable"),
+        (["--join", path, path, "--out", tmp_path / "out"], "twice"),
+        (["--join", path], "--out DIR"),
+        (["--join", path, "--out", tmp_path], "another folder"),
+    ):
+        assert evaluate(*words) == 2
+        assert said in capsys.readouterr().err

@@ -46,7 +46,19 @@ FLAGS = ["--size", "64", "--steps", "2", "--batch", "1", "--device", "cpu"]
 def sharded(ckpt: str, data: Path, folder: Path, accumulate: int) -> list[str]:
     """The command that trains a U-Net of which each rank holds a part."""
     place = ["--ckpt", ckpt, "--data", str(data), "--out", str(folder / "sharded")]
-    return ["train", "diffusion", *place, *FLAGS, "--shard", "--accumulate", str(accumulate), "--lr", "1e-3"]
+    return [
+        "train",
+        "diffusion",
+        *place,
+        *FLAGS,
+        "--shard",
+        "--accumulate",
+        str(accumulate),
+        "--lr",
+        "1e-3",
+        "--warmup",
+        "1",
+    ]
 
 
 # The family's name, and what makes the trainer ready. XL's text encoders have layers that nothing reads.
@@ -148,5 +160,5 @@ def test_a_sharded_unet_is_trained_as_a_whole_one(runs, data, ckpts, tmp_path):
     assert one.keys() == two.keys()
     assert all(torch.allclose(value, two[key], rtol=0, atol=1e-5) for key, value in one.items())
     before = tensors_of(Path(ckpts["sd1"]))
-    moved = [key for key, value in two.items() if key in before and not torch.allclose(value, before[key], atol=1e-4)]
+    moved = [key for key, value in two.items() if key in before and not torch.allclose(value, before[key], atol=1e-5)]
     assert moved and all(key.startswith("model.diffusion_model.") for key in moved)

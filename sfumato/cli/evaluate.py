@@ -3,6 +3,7 @@
   sfumato evaluate --data PATH --features inception:FILE clip:FILE --out DIR
   sfumato evaluate --a DIR --b DIR --features mobilenet-v2
   sfumato evaluate scores --data PATH --predictor FILE --clip FILE
+  sfumato evaluate --join a/results.json b/results.json --out DIR
   sfumato evaluate probe --prompts FILE --features clip:FILE --out DIR
 
 FID, FID-infinity, KID, precision and recall of any network's features; Inception score of Inception's; CMMD, CLIP-FID
@@ -29,6 +30,7 @@ from sfumato.cli import names
 from sfumato.cli.loading import add_device_flags, speed_flags
 from sfumato.cli.probing import SAMPLES as PROBED
 from sfumato.cli.probing import add_probe_flags, run_probe
+from sfumato.cli.scoring import tell_scores
 
 if TYPE_CHECKING:  # what needs torch is imported where it runs: flags and their help do not wait for it
     from torch import Tensor
@@ -55,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="PATH", help="real pictures with captions: shards, a folder, JSON lines or Parquet")
     add("--a", metavar="PATH", help="compare these pictures (real) ...")
     add("--b", metavar="PATH", help="... with these, and draw nothing")
+    add("--join", nargs="+", metavar="FILE", help="results.json of several sweeps: one figure of all their points, "
+        "drawing nothing")  # fmt: skip
     add("--features", nargs="+", metavar="NAME[:FILE]", default=[], help=f"networks: {', '.join(names.FEATURES)}")
     add("--resize", choices=names.RESIZERS, default="clean",
         help="how pictures get a network's size (default: %(default)s)")  # fmt: skip
@@ -84,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         return tell_scores(args)
     if args.action == "probe":
         return run_probe(args, labels_of(args.ckpt))
+    if args.join:
+        return join(args)
     if args.data and (args.a or args.b):
         raise ValueError("data: either --data, to draw, or --a and --b")
     if args.a or args.b:
@@ -269,6 +275,26 @@ def draw_and_measure(args: argparse.Namespace) -> int:
     return 0
 
 
+def join(args: argparse.Namespace) -> int:
+    """--join: the points of several results.json as one, with one figure."""
+    from sfumato.evaluate.figure import draw_figure
+    from sfumato.evaluate.joining import join_files
+    from sfumato.evaluate.sweep import write_json
+
+    if args.out is None:
+        raise ValueError("out: say with --out DIR where results.json and figure.png go")
+    out = Path(args.out)
+    paths = [Path(name) for name in args.join]
+    if (out / "results.json").resolve() in {path.resolve() for path in paths}:
+        raise ValueError(f"out={str(out)!r}: its results.json is one of those to join; another folder is needed")
+    results = join_files(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "results.json", results)
+    draw_figure(out / "figure.png", results["points"])
+    print(out / "results.json", out / "figure.png", sep="\n")
+    return 0
+
+
 def _point(label: str, pipeline: Pipeline, sweep: Sweep, guidance: float, results: dict[str, Any]) -> dict[str, Any]:
     print(f"{label}, guidance {guidance:g}")
     return {
@@ -360,39 +386,3 @@ def _real(args: argparse.Namespace, pictures: Pictures, networks: Sequence[Netwo
     if lines := looked.lines():
         print("\n".join(lines))
     return found
-
-
-# --- scores
-
-
-def tell_scores(args: argparse.Namespace) -> int:
-    """Print how a predictor of aesthetics scores a set, and write it where asked."""
-    from sfumato.evaluate.sweep import write_json
-    from sfumato.train.data import open_pictures
-    from sfumato.train.data.scoring import load_predictor, load_tower, scores_of_pictures
-
-    for name in ("data", "predictor", "clip"):
-        if getattr(args, name) is None:
-            raise ValueError(f"{name}: scores need --data, --predictor and --clip")
-    pictures = open_pictures(args.data, need_captions=False)
-    predictor, tower = load_predictor(args.predictor), load_tower(args.clip)
-    rows = scores_of_pictures(predictor, tower, pictures, max(1, args.batch))
-    scores = [score for _, score in tqdm(rows, total=len(pictures), unit="pictures", leave=False, disable=None)]
-    if not scores:
-        raise ValueError(f"data={args.data!r}: no picture could be read")
-    quantiles = np.quantile(scores, (0.05, 0.5, 0.95))
-    found = {
-        "mean": float(np.mean(scores)),
-        "deviation": float(np.std(scores)),
-        "5 %": float(quantiles[0]),
-        "median": float(quantiles[1]),
-        "95 %": float(quantiles[2]),
-        "pictures": len(scores),
-    }
-    print(json.dumps(found, indent=1))
-    if pictures.report.broken:
-        print("\n".join(pictures.report.lines()))
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.out) / "scores.json", {"sfumato": __version__, "data": args.data, **found})
-    return 0

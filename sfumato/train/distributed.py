@@ -5,6 +5,7 @@ Started by torchrun or alone. Knows no files and no configs. n is the number of 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -74,6 +75,24 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+def is_first() -> bool:
+    """Whether this is the only rank or the first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors by name, those that are spread over the ranks gathered: on the first rank; empty on others.
+
+    Every rank that holds a part must call it. Gathered tensors are copies in main memory.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        gathered = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        if is_first():
+            found[name] = gathered
+    return found
+
+
 def local_device() -> torch.device:
     """The device of this rank: its own GPU (torchrun's LOCAL_RANK) where there are some, or the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
@@ -106,6 +125,7 @@ def joined(device: torch.device, alone_too: bool = False) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size())
         # torch's caches of sharded tensors outlive the group, and gloo's threads with them: one that still holds the
         # last message when the interpreter ends would abort the process. Meeting once more lets them let go.
+        gc.collect()
         dist.barrier()
     finally:
         dist.destroy_process_group()

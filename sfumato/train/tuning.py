@@ -16,6 +16,7 @@ from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.conditions import check_trainable, objective_of, predicting
 from sfumato.train.data import Pictures
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective
+from sfumato.train.distributed import is_first, whole_weights
 from sfumato.train.loop import LoopConfig, State, fit
 from sfumato.train.samples import Samples, Watched
 from sfumato.train.views import Encoded, Shown, latents_of
@@ -84,12 +85,16 @@ def _as_if_loaded(model: Model) -> None:
 
 
 class Whole:
-    """What a loop calls after each save: the averaged weights as a checkpoint that any command draws from."""
+    """What a loop calls after each save: the averaged weights as a checkpoint that any command draws from.
+
+    All ranks call it where they hold parts of the weights; the first one writes.
+    """
 
     def __init__(self, model: Model, path: Path) -> None:
         self.model, self.path = model, path
 
     def __call__(self, state: State) -> None:
         with state.averaged():
-            parts = {name: network.state_dict() for name, network in self.model.networks.items()}
-            save_checkpoint(self.path, self.model.family, parts, torch.float32)
+            parts = {name: whole_weights(network) for name, network in self.model.networks.items()}
+            if is_first():
+                save_checkpoint(self.path, self.model.family, parts, torch.float32)
