@@ -89,7 +89,7 @@ def test_pictures_are_sent_first_or_inline(client: TestClient, desk: Desk) -> No
 
 def test_events_tell_progress_previews_and_the_end(client: TestClient, desk: Desk) -> None:
     desk.service.preview = lambda x0: np.zeros((len(x0), 4, 4, 3), np.uint8)
-    id = client.post("/v1/jobs", json={"prompt": "a", "steps": 600, "seed": 9}).json()["id"]
+    id = client.post("/v1/jobs", json={"prompt": "a", "steps": 200, "seed": 9}).json()["id"]
     names, last = [], {}
     with client.stream("GET", f"/v1/jobs/{id}/events") as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
