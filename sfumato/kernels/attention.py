@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sfumato.kernels.build import library
+from sfumato.kernels.build import passes
 from sfumato.kernels.norm import addresses, may_be_compiled
 
 MOST = 16_384  # numbers of a head's keys: what they become, and values, and gradients of both lie in the cache then
@@ -24,14 +24,9 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 @cache
 def _functions() -> tuple[Any, Any] | None:
     """The forward and the backward pass, with their types."""
-    found = library()
-    if found is None:
-        return None
-    forward, backward = found.sfumato_attention, found.sfumato_attention_backward
-    forward.argtypes = [*[_POINTER] * 5, *[_LONG] * 5, _INT, _INT]
-    backward.argtypes = [*[_POINTER] * 9, *[_LONG] * 5, _INT, _INT]
-    forward.restype = backward.restype = None
-    return forward, backward
+    return passes(
+        "sfumato_attention", [*[_POINTER] * 5, *[_LONG] * 5, _INT, _INT], [*[_POINTER] * 9, *[_LONG] * 5, _INT, _INT]
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor | None:

@@ -19,8 +19,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +64,17 @@ def library() -> ctypes.CDLL | None:
                     _log.info("no compiled kernels: %s; PyTorch's own are used", reason)
                 _found.looked = True
     return _found.library
+
+
+def passes(name: str, forward: Sequence[Any], backward: Sequence[Any]) -> tuple[Any, Any] | None:
+    """The functions NAME and NAME_backward with their arguments' types, returning nothing; None without a library."""
+    found = library()
+    if found is None:
+        return None
+    functions = getattr(found, name), getattr(found, f"{name}_backward")
+    for function, types in zip(functions, (forward, backward), strict=True):
+        function.argtypes, function.restype = list(types), None
+    return functions
 
 
 def state() -> str:

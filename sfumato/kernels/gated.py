@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sfumato.kernels.build import library
+from sfumato.kernels.build import passes
 from sfumato.kernels.norm import addresses, may_be_compiled
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -23,14 +23,9 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 @cache
 def _functions() -> tuple[Any, Any] | None:
     """The forward and the backward pass, with their types."""
-    found = library()
-    if found is None:
-        return None
-    forward, backward = found.sfumato_gated, found.sfumato_gated_backward
-    forward.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
-    backward.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT, _INT]
-    forward.restype = backward.restype = None
-    return forward, backward
+    return passes(
+        "sfumato_gated", [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT], [*[_POINTER] * 3, _LONG, _LONG, _INT, _INT]
+    )
 
 
 def gated(x: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sfumato.kernels.build import library
+from sfumato.kernels.build import passes
 
 DTYPES = (torch.float32, torch.bfloat16)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -23,14 +23,11 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 @cache
 def _functions() -> tuple[Any, Any] | None:
     """The forward and the backward pass, with their types."""
-    found = library()
-    if found is None:
-        return None
-    forward, backward = found.sfumato_group_norm, found.sfumato_group_norm_backward
-    forward.argtypes = [*[_POINTER] * 7, *[_LONG] * 4, _FLOAT, _INT, _INT, _INT]
-    backward.argtypes = [*[_POINTER] * 11, *[_LONG] * 4, _INT, _INT, _INT]
-    forward.restype = backward.restype = None
-    return forward, backward
+    return passes(
+        "sfumato_group_norm",
+        [*[_POINTER] * 7, *[_LONG] * 4, _FLOAT, _INT, _INT, _INT],
+        [*[_POINTER] * 11, *[_LONG] * 4, _INT, _INT, _INT],
+    )
 
 
 def may_be_compiled(x: Tensor) -> bool:
