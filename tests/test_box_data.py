@@ -155,11 +155,11 @@ def test_scene_captions_read_well() -> None:
 
 
 def test_the_judge_knows_which_thing_is_first() -> None:
-    facts = {"thing": "cat", "second": "pizza", "relation": "right", "style": "3d", "background": "red"}
+    facts = {"label": "cat face", "second_label": "pizza", "relation": "right", "style": "3d", "background": "red"}
     cat, pizza = THINGS.index("cat"), THINGS.index("pizza")
     assert truth(facts)[:3] == (1, pizza, cat)
     assert truth(facts | {"relation": "above"})[:3] == (2, cat, pizza)
-    assert truth({"thing": "cat", "style": "3d", "background": "red"})[:3] == (0, cat, NOTHING)
+    assert truth({"label": "cat face", "style": "3d", "background": "red"})[:3] == (0, cat, NOTHING)
     asked = list(singles(True, 12, np.random.default_rng(0)))
     assert len({each.prompt for each in asked}) == 12 == len(HELD_OUT)
     right = torch.tensor([each.answers for each in asked])

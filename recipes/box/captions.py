@@ -120,13 +120,21 @@ def _on_ground(text: str, background: str | None, rng: np.random.Generator) -> s
 
 
 def caption_of(
-    names: Sequence[str], tags: Sequence[str], style: str, background: str | None, rng: np.random.Generator
+    names: Sequence[str],
+    tags: Sequence[str],
+    style: str,
+    background: str | None,
+    rng: np.random.Generator,
+    silent_style: float = SILENT_STYLE_PROB,
 ) -> str:
-    """A caption such as `a 3d octopus on a blue background`; `background` None is left unsaid."""
+    """A caption such as `a 3d octopus on a blue background`; `background` None is left unsaid.
+
+    The style is left unsaid with probability `silent_style`.
+    """
     if style not in STYLES:
         raise ValueError(f"style: {style!r} is not known; allowed: {', '.join(STYLES)}")
     name = names[0] if len(names) == 1 or rng.random() < MAIN_NAME_PROB else _pick(rng, names[1:])
-    templates = PLAIN if rng.random() < SILENT_STYLE_PROB else STYLED[style]
+    templates = PLAIN if rng.random() < silent_style else STYLED[style]
     text = _fill(_pick(rng, templates), name)
     if tags and len(names) == 1 and rng.random() < TAG_PROB:
         text = f"{text}, {_pick(rng, tags)}"

@@ -27,7 +27,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from recipes.box.captions import BACKGROUNDS, RELATIONS, caption_of, choose_background, scene_caption, shade
+from recipes.box.captions import (
+    BACKGROUNDS,
+    RELATIONS,
+    SILENT_STYLE_PROB,
+    caption_of,
+    choose_background,
+    scene_caption,
+    shade,
+)
 from recipes.box.things import BOX, COMMON, CORE, HELD_OUT, names_of
 
 log = logging.getLogger(__name__)
@@ -252,13 +260,16 @@ def compose(rgba: np.ndarray, size: int, colour: tuple[int, int, int], box: floa
 # ---- samples and shards --------------------------------------------------------------------------------------
 
 
-def make_sample(sprite: Sprite, size: int, rng: np.random.Generator) -> tuple[Image.Image, str, dict[str, str]]:
-    """Picture, caption and the facts about it."""
+def make_sample(
+    sprite: Sprite, size: int, rng: np.random.Generator, silent_style: float = SILENT_STYLE_PROB
+) -> tuple[Image.Image, str, dict[str, str]]:
+    """Picture, caption (without its style with probability `silent_style`) and the facts about it."""
     background, said = choose_background(rng, sprite.visible)
     box = rng.uniform(0.72, 0.86)
     dx, dy = rng.uniform(-0.04, 0.04, 2)
     picture = compose(sprite.rgba, size, shade(background, rng), box, dx, dy)
-    caption = caption_of(sprite.thing.names, sprite.thing.tags, sprite.art.style, background if said else None, rng)
+    ground = background if said else None
+    caption = caption_of(sprite.thing.names, sprite.thing.tags, sprite.art.style, ground, rng, silent_style)
     facts = facts_of(sprite, background)
     return picture, caption, facts
 
@@ -310,7 +321,15 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def build(
-    out: Path, size: int, which: str, per_picture: int, seed: int, cache: Path, scenes: int = 0, held_out: bool = False
+    out: Path,
+    size: int,
+    which: str,
+    per_picture: int,
+    seed: int,
+    cache: Path,
+    scenes: int = 0,
+    held_out: bool = False,
+    silent_style: float = SILENT_STYLE_PROB,
 ) -> dict[str, Any]:
     """Writes the shards and then `summary.json`; returns the summary. Old shards in `out` are removed first.
 
@@ -320,6 +339,8 @@ def build(
     for name, (value, low) in lowest.items():
         if value < low:
             raise ValueError(f"{name}: {value} is too small; at least {low}")
+    if not 0 <= silent_style <= 1:
+        raise ValueError(f"silent-style: {silent_style} is not between 0 and 1")
     start = time.monotonic()
     sprites = load_sprites(which, size, cache)
     sprites = [s for s in sprites if ((s.thing.label, s.art.style) in HELD_OUT) is held_out]
@@ -340,7 +361,7 @@ def build(
                     picture, caption, facts = (
                         make_scene(sprites, size, rng)
                         if order[index] == SCENE
-                        else make_sample(sprites[order[index]], size, rng)
+                        else make_sample(sprites[order[index]], size, rng, silent_style)
                     )
                     png = io.BytesIO()
                     picture.save(png, "PNG", compress_level=1)
@@ -360,6 +381,7 @@ def build(
         "sprites": len(sprites),
         "per_picture": per_picture,
         "scenes": scenes,
+        "silent_style": silent_style,
         "which": which,
         "seed": seed,
         "counts": {key: dict(sorted(counter.items())) for key, counter in counts.items()},
@@ -383,13 +405,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-picture", type=int, default=48, help="samples of each thing in each style")
     parser.add_argument("--scenes", type=int, default=0, help="pictures of two things of one style in a relation")
     parser.add_argument("--held-out", action="store_true", help="the (thing, style) pairs that are left out otherwise")
+    parser.add_argument(
+        "--silent-style", type=float, default=SILENT_STYLE_PROB,
+        help="share of the captions of single things without their style (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/box"), help="folder of the fetched packages")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         summary = build(
-            args.out, args.size, args.things, args.per_picture, args.seed, args.cache, args.scenes, args.held_out
+            args.out,
+            args.size,
+            args.things,
+            args.per_picture,
+            args.seed,
+            args.cache,
+            args.scenes,
+            args.held_out,
+            args.silent_style,
         )
     except ValueError as error:
         parser.error(str(error))

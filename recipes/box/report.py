@@ -50,7 +50,7 @@ def styled(style: str, words: str) -> str:
 def single(label: str, style: str, background: str) -> Asked:
     """One thing: `3d octopus on a blue background`."""
     name = COMMON[label][0]
-    facts = {"thing": name, "style": style, "background": background}
+    facts = {"label": label, "style": style, "background": background}
     ground = f"{background} background" if style == "sticker" else f"on a {background} background"
     joint = ", " if style == "sticker" else " "
     return Asked(
@@ -75,7 +75,7 @@ def scenes(count: int, rng: np.random.Generator) -> Iterator[Asked]:
         background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
         a, b = with_article(THINGS[first]), with_article(THINGS[second])
         words = RELATIONS[relation][0].format(a=a, b=b)
-        facts = {"thing": THINGS[first], "second": THINGS[second], "relation": relation, "style": style,
+        facts = {"label": BOX[first], "second_label": BOX[second], "relation": relation, "style": style,
                  "background": background}  # fmt: skip
         yield Asked(f"{words}, {style}, {background} background", truth(facts))
 

@@ -30,7 +30,7 @@ from sfumato.models.unet import UNet
 from sfumato.pipeline import Pipeline, box_path
 from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective, initialise
 from sfumato.train.clip import CLIPObjective
-from sfumato.train.config import DECAYS, PRECISIONS
+from sfumato.train.config import DECAYS, OPTIMIZERS, PRECISIONS
 from sfumato.train.critic import CriticConfig, PatchCritic
 from sfumato.train.data import CachedLatents, CaptionedShards
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective, frozen
@@ -73,6 +73,7 @@ class Options:
     decay: str
     min_snr: float
     precision: str
+    optimizer: str
 
 
 def state_path(run: str) -> Path:
@@ -216,7 +217,7 @@ def train_diffusion(options: Options) -> None:
     objective = DiffusionObjective(network, denoiser, context, BOX.latent_scale, weighting)
     config = LoopConfig(
         options.steps, batch_size=options.batch, lr=options.lr, decay=options.decay, checkpoint_every=1000,
-        warmup=200, ema_decay=0.999, precision=options.precision,
+        warmup=100, ema_decay=0.999, precision=options.precision, optimizer=options.optimizer,
     )  # fmt: skip
     if options.start and not state_path(options.run).exists():
         weights = network.state_dict() | ema_weights(state_path(options.start))
@@ -291,6 +292,7 @@ def main() -> None:
         "--min-snr", type=float, default=5.0, help="gamma of diffusion's weights; 0: plain (default: 5)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the arithmetic (default: fp32)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="of diffusion (default: adamw)")
     parser.add_argument("--fresh", action="store_true", help="start from random weights, not the shipped")
     parser.add_argument("--train-text", action="store_true", help="diffusion trains the text tower as well")
     args = parser.parse_args()
@@ -309,6 +311,7 @@ def main() -> None:
         args.decay,
         args.min_snr,
         args.precision,
+        args.optimizer,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))

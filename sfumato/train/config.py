@@ -12,7 +12,7 @@ from typing import Any
 
 DECAYS = ("constant", "cosine", "linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 FINAL = 0.1  # the share of the learning rate that is left at the end of a cosine or a line
 LOWEST = {
     "steps": 0, "batch_size": 1, "warmup": 0, "accumulate": 1, "log_every": 1, "checkpoint_every": 1, "keep": 0,
@@ -29,7 +29,8 @@ class LoopConfig:
     clip_norm          longest gradient; infinity: any
     accumulate         batches a step
     precision          of the forward pass; parameters, moments and averages are always float32
-    optimizer          adamw, or adamw8bit (Dettmers et al. 2022, needs bitsandbytes)
+    optimizer          adamw, adamw8bit (Dettmers et al. 2022, needs bitsandbytes), or muon (Jordan et al. 2024), which
+                       turns matrices and takes AdamW for the rest; not with `shard`
     checkpoint_every   steps between checkpoints, of which `keep` older ones stay beside the last
     sample_every       steps between calls of `on_sample`, which is also called at step 0; 0: never
     nan_patience       steps without a finite gradient, one after another, that end the run
@@ -67,6 +68,8 @@ class LoopConfig:
         for name, allowed in (("decay", DECAYS), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
+        if self.optimizer == "muon" and self.shard:
+            raise ValueError("optimizer='muon': needs whole matrices, so not with shard; or take adamw")
         for name, lowest in LOWEST.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {lowest} or more")

@@ -118,16 +118,22 @@ def _tensorboard(folder: Path) -> Any:
 def memory_line(state: State) -> tuple[str, int]:
     """What this rank keeps through a step, as a line for people, and the bytes a checkpoint of it takes.
 
-    Two moments of 4 bytes (adamw) or 1 byte a number; activations are told after the first step.
+    Two moments of 4 bytes (adamw) or 1 byte a number, one of 4 bytes for Muon's matrices; activations are told after
+    the first step.
     """
     own = sum(_bytes(p) for part in state.parts for p in part.parameters.values())
     frozen = sum(_bytes(p) for p in state.network.parameters()) - sum(_bytes(p) for p in state.parameters.values())
-    eight_bit = type(state.optimizer).__name__ == "AdamW8bit"
-    moments = own // 2 if eight_bit else 2 * own
+    moments = sum(_moments(part.optimizer) for part in state.parts)
     ema = sum(_bytes(value) for value in state.ema.values())
     shares = {"parameters": own + frozen, "gradients": own, "moments": moments, "EMA": ema}
     told = ", ".join(f"{name} {size / GIB:.3f}" for name, size in shares.items())
     return f"memory: {told}; together {sum(shares.values()) / GIB:.3f} GiB, and activations", own + moments + ema
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    each = 0.5 if type(optimizer).__name__ == "AdamW8bit" else 2
+    groups = [(group["params"], 1 if group.get("orthogonal") else each) for group in optimizer.param_groups]
+    return int(sum(share * _bytes(p) for parameters, share in groups for p in parameters))
 
 
 def _bytes(value: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,20 +32,99 @@ class AdamW(torch.optim.AdamW):
         return found
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: LoopConfig, lr: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with 32 or 8 bits a moment; norms and biases are not decayed.
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for the groups with `orthogonal`, AdamW for the others.
 
-    Its steps are counted as changes of the weights. ValueError where 8 bits are asked for and bitsandbytes is missing.
+    A matrix (a convolution as rows of its kernels, (out, in * k * k)) moves along its gradients' average, Nesterov's
+    way, with all singular values brought near 1. Scaled as by Liu et al. 2025, "Muon is Scalable for LLM Training",
+    section 2.2, so that AdamW's learning rate and weight decay hold for it. `dtype` is of the products.
     """
-    listed = list(parameters)
+
+    MOMENTUM = 0.95
+    RMS = 0.2  # of AdamW's updates, which the orthogonal ones are scaled to
+
+    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, lr=lr, betas=betas)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of both kinds."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._turn(group)
+        return loss
+
+    def _turn(self, group: dict[str, Any]) -> None:
+        alike: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            momentum.lerp_(weight.grad, 1 - self.MOMENTUM)
+            ahead = weight.grad.lerp(momentum, self.MOMENTUM).flatten(1)
+            alike.setdefault(tuple(ahead.shape), []).append((weight, ahead))
+        for (rows, columns), pairs in alike.items():
+            turned = orthogonal(torch.stack([ahead for _, ahead in pairs]).to(self.dtype))
+            scale = self.RMS * max(rows, columns) ** 0.5
+            for (weight, _), update in zip(pairs, turned, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view(weight.shape).to(weight.dtype), alpha=-group["lr"] * scale)
+
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest rise at 0 that ends within 0.3 of 1
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (B, m, n) with their singular values brought near 1, by Newton and Schulz's iteration."""
+    a, b, c = QUINTIC
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        squared = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(squared, squared, squared, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+SMALLEST = 16  # rows and columns of a matrix that Muon turns; first and last layers of a network have fewer
+
+
+def _is_turned(name: str, weight: nn.Parameter) -> bool:
+    """Whether Muon is for it: not for rows that are looked up by number, nor for maps from or to a few channels."""
+    if weight.ndim < 2 or "embedding" in name.split(".")[-2:][0]:
+        return False
+    return min(weight.shape[0], weight[0].numel()) >= SMALLEST
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig, lr: float) -> torch.optim.Optimizer:
+    """What `config.optimizer` names, for parameters by name; norms and biases are not decayed.
+
+    AdamW (Loshchilov & Hutter 2019) with 32 or 8 bits a moment, or Muon. Its steps are counted as changes of the
+    weights. ValueError where 8 bits are asked for and bitsandbytes is missing.
+    """
+    turned = {name for name, p in parameters.items() if config.optimizer == "muon" and _is_turned(name, p)}
+    listed = [p for name, p in parameters.items() if name not in turned]
     whole = [p for p in listed if p.ndim == 0]  # never spread over ranks, and a kernel takes only one kind
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in listed if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in listed if p.ndim == 1], "weight_decay": 0.0},
         {"params": whole, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
         return _counting(AdamW(groups, lr=lr, betas=config.betas))
+    if config.optimizer == "muon":
+        groups = [{**group, "orthogonal": False} for group in groups]
+        matrices = [parameters[name] for name in parameters if name in turned]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "orthogonal": True})
+        half = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        return _counting(Muon(groups, lr=lr, betas=config.betas, dtype=half))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; or take adamw")
     library = importlib.import_module("bitsandbytes")

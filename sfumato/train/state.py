@@ -28,7 +28,7 @@ class Part:
         self.prefix = prefix
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.buffers = _buffers(network)
-        self.optimizer = make_optimizer(self.parameters.values(), config, lr)
+        self.optimizer = make_optimizer(self.parameters, config, lr)
 
     def copy_buffers(self) -> list[Tensor]:
         """As they are now, for `set_buffers` after a step that is to leave no trace: batch norms remember every one."""
