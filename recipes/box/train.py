@@ -283,8 +283,8 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=0, help="train up to this step")
-    parser.add_argument("--run", metavar="NAME", help="the run's folder (default: the stage; for export, diffusion)")
-    parser.add_argument("--start", metavar="RUN", help="begin a new run with that run's averaged weights")
+    parser.add_argument("--name", metavar="NAME", help="the run's folder (default: the stage; for export, diffusion)")
+    parser.add_argument("--begin-with", metavar="RUN", help="begin a new run with that run's averaged weights")
     parser.add_argument("--lr", type=float, default=7e-4, help="highest learning rate of diffusion (default: 7e-4)")
     parser.add_argument("--batch", type=int, default=16, help="examples a step of diffusion (default: 16)")
     parser.add_argument("--decay", choices=DECAYS, default="constant", help="of diffusion's rate (default: constant)")
@@ -298,12 +298,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage in ("autoencoder", "decoder", "clip", "scorer", "diffusion") and args.steps < 1:
         parser.error(f"--steps {args.steps}: say up to which step to train")
-    run = args.run or ("diffusion" if args.stage == "export" else args.stage)
+    run = args.name or ("diffusion" if args.stage == "export" else args.stage)
     options = Options(
         args.data,
         args.steps,
         run,
-        args.start,
+        args.begin_with,
         args.lr,
         args.train_text,
         args.fresh,
