@@ -13,6 +13,9 @@ from PIL import Image
 from sfumato.cli.main import main
 from sfumato.images import load_png
 from sfumato.pipeline import Pipeline
+from sfumato.train.logs import read_log
+from sfumato.train.perceptual import VGG16Features
+from sfumato.weights.files import open_tensors, save_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +90,56 @@ def test_the_decoder_alone(tiny_checkpoint, folder, tmp_path):
     pairs = list(zip(before.named_parameters(), after.parameters(), strict=True))
     assert all(torch.equal(a, b) for (name, a), b in pairs if name.startswith(("encoder", "quant_conv")))
     assert not all(torch.equal(a, b) for (name, a), b in pairs if name.startswith("decoder"))
+
+
+def test_the_autoencoder_against_a_critic_and_by_how_pictures_look(tiny_checkpoint, folder, tmp_path):
+    torch.manual_seed(0)
+    trunk = VGG16Features().state_dict()
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1) for i, n in enumerate((64, 128, 256, 512, 512))}
+    save_safetensors(tmp_path / "vgg16.safetensors", trunk, {})
+    save_safetensors(tmp_path / "heads.safetensors", heads, {})
+    looks = ["--lpips", str(tmp_path / "vgg16.safetensors"), str(tmp_path / "heads.safetensors")]
+    flags = [
+        "--steps",
+        "20",
+        "--batch",
+        "2",
+        "--lr",
+        "3e-3",
+        "--critic",
+        "--critic-start",
+        "10",
+        "--lpips-weight",
+        "0.5",
+    ]
+    run = tmp_path / "run"
+    assert (
+        train(tiny_checkpoint, "autoencoder", folder, run, *flags, *looks, "--equivariance", "0.2", "--size", "32") == 0
+    )
+    line = read_log(run)[-1]
+    assert line["perceptual"] > 0 and line["critic_real"] > line["critic_fake"] and line["adaptive_weight"] > 0
+    with open_tensors(run / "state.safetensors") as file:
+        assert any(name.startswith("critic.optimizer.") for name in file.names())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--critic-weight", "1"], "critic_weight=1: it needs --critic"),
+        (["--critic-start", "5"], "critic_start=5: it needs --critic"),
+        (["--lpips-weight", "1"], "lpips_weight=1: it needs --lpips"),
+        (["--lpips", "a", "b", "c"], "lpips: 3 files; one (a whole LPIPS) or two"),
+        (["--lpips", "nowhere.pth"], "nowhere.pth"),
+        (["--critic", "--random-crop", "8"], "critic: 16 px or more are needed; pictures or crops are 8"),
+        (["--critic", "--equivariance", "0.5"], "critic: 16 px or more are needed; pictures or crops, shrunk by"),
+        (["--equivariance", "2"], "equivariance=2.0: 0 to 1"),
+        (["--critic", "--critic-weight", "-1"], "critic_weight=-1.0: 0 or more"),
+    ],
+)
+def test_bad_flags_of_the_autoencoder_are_one_line(tiny_checkpoint, folder, tmp_path, capsys, flags, words):
+    assert train(tiny_checkpoint, "autoencoder", folder, tmp_path / "run", "--steps", "2", *flags) == 2
+    [line] = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert words in line
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from sfumato.families import Model
 from sfumato.models.layers import hasten
 from sfumato.train.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.conditions import check_trainable, objective_of, predicting
+from sfumato.train.critic import PatchCritic
 from sfumato.train.data import Pictures
 from sfumato.train.diffusion import DiffusionConfig, DiffusionObjective
 from sfumato.train.distributed import is_first, whole_weights
 from sfumato.train.loop import LoopConfig, State, fit
+from sfumato.train.perceptual import Perceptual
 from sfumato.train.samples import Samples, Watched
 from sfumato.train.views import Encoded, Shown, latents_of
 from sfumato.weights.checkpoint import save_checkpoint
@@ -60,11 +62,21 @@ def tune_diffusion(
 
 
 def tune_autoencoder(
-    model: Model, pictures: Pictures, folder: Path, shown: Shown, config: LoopConfig, loss: AutoencoderLoss
+    model: Model,
+    pictures: Pictures,
+    folder: Path,
+    shown: Shown,
+    config: LoopConfig,
+    loss: AutoencoderLoss,
+    perceptual: Perceptual | None = None,
+    critic: PatchCritic | None = None,
 ) -> Path:
     """Train a model's autoencoder, or its decoder alone where `loss` says so; returns the checkpoint."""
     _as_if_loaded(model)
-    objective = AutoencoderObjective(model.autoencoder.requires_grad_(True), loss)
+    for judge in (perceptual, critic):
+        if judge is not None:
+            judge.to(model.device)
+    objective = AutoencoderObjective(model.autoencoder.requires_grad_(True), loss, perceptual, critic)
     fit(objective, shown.batches(pictures, config), config, folder, Whole(model, folder / CHECKPOINT))
     return folder / CHECKPOINT
 
