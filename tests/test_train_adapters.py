@@ -422,8 +422,8 @@ def test_bad_input_is_told_before_anything_is_trained(folder, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("what", ["lora", "dreambooth", "textual-inversion", "hypernetwork"])
-@pytest.mark.parametrize("kind", ["sd1-inpaint", "sd2-depth"])
-def test_inpainting_is_refused(what, kind, folder, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["sd1-edit", "sd2-depth"])
+def test_what_sees_a_picture_or_depth_is_refused(what, kind, folder, tmp_path, capsys):
     caption = [] if what == "textual-inversion" else CAPTION
     assert train(what, kind, folder, tmp_path / "run", "--steps", "2", *caption) == 2
     assert "sees more than a text" in capsys.readouterr().err

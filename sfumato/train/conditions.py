@@ -1,4 +1,4 @@
-"""What a model's U-Net is told in training: texts, XL's pooled vector and sizes, a hint. And the loss that comes of it.
+"""What a U-Net is told in training: texts, XL's pooled vector and sizes, a hint, a masked picture; and its loss.
 
 Knows no adapter and no file. Letters: B pictures, L tokens, D width, E width of the pooled vector, V of the vector.
 """
@@ -23,23 +23,27 @@ AESTHETIC = 6.0  # what XL's refiner is told of pictures of which nothing is kno
 
 @dataclass(frozen=True)
 class Told:
-    """What a network is told beside x and t: context (B, L, D), vector (B, V), hint (B, 3, H, W) in [0, 1]."""
+    """What a network is told beside x and t: context (B, L, D), vector (B, V), hint (B, 3, H, W) in [0, 1].
+
+    `beside` (B, Cc, h, w) are more channels of x, of inpainting models.
+    """
 
     context: Tensor
     vector: Tensor | None = None
     hint: Tensor | None = None
+    beside: Tensor | None = None
 
 
 Predict = Callable[[Tensor, Tensor, Told], Tensor]
 
 
-def check_trainable(model: Model) -> None:
-    """ValueError, in a line, for families whose U-Net sees more than a text."""
+def check_trainable(model: Model, inpainting: bool = True) -> None:
+    """ValueError, in a line, for families whose U-Net sees more than a text, or more than that and a masked picture."""
     family = model.family
-    if family.concat is not None or family.unet.num_classes is not None:
+    if family.concat not in ((None, "inpaint") if inpainting else (None,)) or family.unet.num_classes is not None:
+        allowed = "only models that are told of a text alone" + (", or inpaint," if inpainting else "") + " are trained"
         raise ValueError(
-            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text (inpainting, depth, ...); only models "
-            "that are told of a text alone are trained"
+            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text (inpainting, depth, ...); {allowed} here"
         )
 
 
@@ -78,15 +82,18 @@ def telling(model: Model) -> Callable[[LatentBatch, States], Told]:
     def tell(batch: LatentBatch, states: States) -> Told:
         framed = batch if isinstance(batch, FramedBatch) else None
         hints = None if framed is None or framed.hints is None else framed.hints.float() / 255
+        beside = None if framed is None else framed.beside
+        if model.family.concat is not None and beside is None:
+            raise ValueError(f"data: {model.family.name}'s U-Net sees masked pictures, these latents come without")
         if isinstance(states, Tensor):
-            return Told(states, None, hints)
+            return Told(states, None, hints, beside)
         if states.pooled is None:
-            return Told(states.context, None, hints)
+            return Told(states.context, None, hints, beside)
         frames = None if framed is None else framed.frames
         if frames is None:
             tall, wide = (factor * length for length in batch.mean.shape[2:])
             frames = torch.tensor([[tall, wide, 0, 0, tall, wide]] * len(batch.mean))
-        return Told(states.context, vector_of(model, states.pooled, frames), hints)
+        return Told(states.context, vector_of(model, states.pooled, frames), hints, beside)
 
     return tell
 
@@ -95,7 +102,8 @@ def predicting(model: Model) -> Predict:
     """The U-Net itself as (x, t, told) -> prediction."""
 
     def predict(x: Tensor, t: Tensor, told: Told) -> Tensor:
-        out: Tensor = model.unet(x, t, told.context, told.vector)
+        seen = x if told.beside is None else torch.cat([x, told.beside.to(x)], dim=1)
+        out: Tensor = model.unet(seen, t, told.context, told.vector)
         return out
 
     return predict

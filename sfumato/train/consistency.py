@@ -23,7 +23,7 @@ from sfumato.diffusion.schedule import NoiseSchedule
 from sfumato.families import Model
 from sfumato.models.beside import Beside
 from sfumato.models.layers import hasten
-from sfumato.train.conditions import Told, objective_of, predicting
+from sfumato.train.conditions import Told, check_trainable, objective_of, predicting
 from sfumato.train.config import LoopConfig
 from sfumato.train.data import LatentBatch
 from sfumato.train.data.order import Examples
@@ -183,6 +183,7 @@ def beside_consistency(
     """
     if lora.train_text:
         raise ValueError("train_text=True: a student reads texts as its teacher does")
+    check_trainable(model, inpainting=False)
     with ExitStack() as undone:
         made = new_lora(model, lora, generator)
         undone.callback(made.detach)
@@ -196,6 +197,7 @@ def beside_consistency(
 
 def whole_consistency(model: Model, config: ConsistencyConfig) -> ConsistencyObjective:
     """An objective for `fit` whose student is the model's U-Net, its teacher a copy that rests."""
+    check_trainable(model, inpainting=False)
     inner = tuned(model, PLAIN, train_text=False)
     unet = copy.deepcopy(model.unet).requires_grad_(False)
 

@@ -66,12 +66,14 @@ class FramedBatch(LatentBatch):
 
     `frames` (B, 6): height and width of the file's picture, top and left of the part that was cut out of it once
     resized, height and width of that part, in pixels. `hints` (B, 3, H, W) uint8 for a ControlNet. `shares` (B,): what
-    each picture's error counts in the loss, which is then their sum; None: the mean.
+    each picture's error counts in the loss, which is then their sum; None: the mean. `beside` (B, Cc, h, w): what an
+    inpainting U-Net sees beside x.
     """
 
     frames: Tensor | None = None
     hints: Tensor | None = None
     shares: Tensor | None = None
+    beside: Tensor | None = None
 
 
 States: TypeAlias = Tensor | Texts

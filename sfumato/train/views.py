@@ -24,8 +24,10 @@ from sfumato.train.data.decoding import decode
 from sfumato.train.data.listed import pictures_under
 from sfumato.train.data.pictures import caption_in, read, size_of, substitutes
 from sfumato.train.diffusion import FramedBatch
+from sfumato.train.masks import beside_of, random_mask
 
 KEPT_BYTES = 2**30  # of latents and hints that stay in memory
+MASKS = 1  # of the randomness of a ticket, what its mask takes
 
 Annotate = Callable[[np.ndarray], np.ndarray]  # a picture (H, W, 3) uint8 -> its hint, alike
 
@@ -208,13 +210,15 @@ class Encoded:
     """Batches of latents of pictures, encoded when they are asked for, in the pictures' own order.
 
     With `keep` those of each picture stay in memory once they are there, each encoded alone, so that no bit depends on
-    what came with it. For pictures that look the same in every pass.
+    what came with it. For pictures that look the same in every pass. For a model that inpaints, a part of each picture
+    is hidden as well, another one in every pass: those are not kept.
     """
 
     def __init__(self, pictures: Bucketed | Views, model: Model, keep: bool = False) -> None:
         self.pictures, self.model = pictures, model
         self.batch_size = pictures.batch_size
-        self._kept: dict[int, FramedBatch] | None = {} if keep else None
+        self._hides = model.family.concat == "inpaint"
+        self._kept: dict[int, FramedBatch] | None = {} if keep and not self._hides else None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -241,11 +245,18 @@ class Encoded:
         return joined(rows)
 
     @torch.no_grad()
-    def _encoded(self, indices: Sequence[int]) -> FramedBatch:
-        given = self.pictures.batch(indices)
-        posterior = self.model.autoencoder.encode(given.pixels.to(self.model.device))
+    def _encoded(self, tickets: Sequence[int]) -> FramedBatch:
+        given = self.pictures.batch(tickets)
+        images = given.pixels.to(self.model.device)
+        posterior = self.model.autoencoder.encode(images)
         frames, hints = (given.frames, given.hints) if isinstance(given, View) else (None, None)
-        return FramedBatch(posterior.mean, posterior.std, given.captions, frames=frames, hints=hints)
+        beside = None
+        if self._hides:
+            seed = self.pictures.batches.seed if isinstance(self.pictures, Views) else self.pictures.seed
+            rngs = [np.random.default_rng([seed, ticket, MASKS]) for ticket in tickets]
+            masks = np.stack([random_mask(rng, *images.shape[2:]) for rng in rngs])
+            beside = beside_of(self.model, images, torch.from_numpy(masks)[:, None].to(images))
+        return FramedBatch(posterior.mean, posterior.std, given.captions, frames=frames, hints=hints, beside=beside)
 
 
 def joined(parts: Sequence[FramedBatch]) -> FramedBatch:
@@ -257,7 +268,8 @@ def joined(parts: Sequence[FramedBatch]) -> FramedBatch:
 
     captions = [caption for part in parts for caption in part.captions]
     mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
-    return FramedBatch(mean, std, captions, all_of("context"), all_of("frames"), all_of("hints"), all_of("shares"))
+    more = {name: all_of(name) for name in ("context", "frames", "hints", "shares", "beside")}
+    return FramedBatch(mean, std, captions, **more)
 
 
 def latents_of(

@@ -31,6 +31,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     """Of the U-Net."""
     add_run_flags(parser)
     parser.add_argument("--train-text", action="store_true", help="train the text encoder as well")
+    parser.add_argument("--inpainting", action="store_true", help="make of a model that draws from words one that "
+        "inpaints: its U-Net gets channels for mask and masked picture, zero at first")  # fmt: skip
     add_loss_flags(parser, 0.1)
     add_watch_flags(parser)
 
@@ -57,11 +59,14 @@ def run_diffusion(args: argparse.Namespace) -> int:
     """`sfumato train diffusion`."""
     from sfumato.train.data import open_pictures
     from sfumato.train.diffusion import DiffusionConfig
+    from sfumato.train.masks import widened
     from sfumato.train.tuning import tune_diffusion
 
     options = DiffusionConfig(args.caption_drop, args.min_snr, offset_noise=args.offset_noise)
     config = config_of(args)
     pictures, model = open_pictures(*args.data), load(args, device_of(args), "full").model
+    if args.inpainting and model.family.concat != "inpaint":
+        model = widened(model)
     shown = shown_of(args, model)
     path = tune_diffusion(model, pictures, args.out, shown, config, options, watched_of(args), args.train_text)
     return done(path, pictures)
