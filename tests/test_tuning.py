@@ -15,7 +15,9 @@ from sfumato.images import load_png
 from sfumato.pipeline import Pipeline
 from sfumato.train.logs import read_log
 from sfumato.train.perceptual import VGG16Features
+from sfumato.weights.checkpoint import load_model, save_checkpoint
 from sfumato.weights.files import open_tensors, save_safetensors
+from tests.tiny import TINIES, random_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +78,20 @@ def test_shapes_and_the_text_encoder(tiny_checkpoint, folder, tmp_path):
     before, after = (Pipeline.from_pretrained(path) for path in (tiny_checkpoint, run / "model.safetensors"))
     texts = zip(before.model.texts[0].parameters(), after.model.texts[0].parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in texts)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "xl", "xl-refiner", "xl-inpaint"])
+def test_other_families_go_on_with_their_texts(kind, folder, tmp_path):
+    family = TINIES[kind]
+    begin, result = tmp_path / "begin.safetensors", tmp_path / "run" / "model.safetensors"
+    save_checkpoint(begin, family, random_parts(family), torch.float32)
+    flags = ["--steps", "2", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--size", "64", "--train-text"]
+    assert train(begin, "diffusion", folder, tmp_path / "run", *flags) == 0
+    before, after = load_model(begin), load_model(result)
+    assert after.family.name == family.name
+    for part in ("unet", *family.text_parts):
+        pairs = zip(before.networks[part].parameters(), after.networks[part].parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs), part
 
 
 def test_the_decoder_alone(tiny_checkpoint, folder, tmp_path):
