@@ -25,7 +25,7 @@ AESTHETIC = 6.0  # what XL's refiner is told of pictures of which nothing is kno
 class Told:
     """What a network is told beside x and t: context (B, L, D), vector (B, V), hint (B, 3, H, W) in [0, 1].
 
-    `beside` (B, Cc, h, w) are more channels of x, of inpainting models.
+    `beside` (B, Cc, h, w) are more channels of x, of models that inpaint, edit or see depth.
     """
 
     context: Tensor
@@ -37,13 +37,14 @@ class Told:
 Predict = Callable[[Tensor, Tensor, Told], Tensor]
 
 
-def check_trainable(model: Model, inpainting: bool = True) -> None:
-    """ValueError, in a line, for families whose U-Net sees more than a text, or more than that and a masked picture."""
+def check_trainable(model: Model, sees: Sequence[str] = ("inpaint",)) -> None:
+    """ValueError, in a line, for families whose U-Net sees more than a text and one of these beside x."""
     family = model.family
-    if family.concat not in ((None, "inpaint") if inpainting else (None,)) or family.unet.num_classes is not None:
-        allowed = "only models that are told of a text alone" + (", or inpaint," if inpainting else "") + " are trained"
+    if family.concat not in (None, *sees) or family.unet.num_classes is not None:
+        allowed = " or inpaint" if "inpaint" in sees else ""
         raise ValueError(
-            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text (inpainting, depth, ...); {allowed} here"
+            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text (inpainting, depth, ...); only models "
+            f"that are told of a text alone{allowed} are trained here"
         )
 
 
@@ -84,7 +85,7 @@ def telling(model: Model) -> Callable[[LatentBatch, States], Told]:
         hints = None if framed is None or framed.hints is None else framed.hints.float() / 255
         beside = None if framed is None else framed.beside
         if model.family.concat is not None and beside is None:
-            raise ValueError(f"data: {model.family.name}'s U-Net sees masked pictures, these latents come without")
+            raise ValueError(f"data: {model.family.name}'s U-Net sees more than a text, these latents come without")
         if isinstance(states, Tensor):
             return Told(states, None, hints, beside)
         if states.pooled is None:
@@ -121,7 +122,6 @@ def objective_of(
 
     `states` is what they say instead of `text_states`, asked anew each time.
     """
-    check_trainable(model)
     family = model.family
 
     def usual(captions: list[str]) -> Texts:

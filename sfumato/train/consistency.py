@@ -183,7 +183,7 @@ def beside_consistency(
     """
     if lora.train_text:
         raise ValueError("train_text=True: a student reads texts as its teacher does")
-    check_trainable(model, inpainting=False)
+    check_trainable(model, sees=())
     with ExitStack() as undone:
         made = new_lora(model, lora, generator)
         undone.callback(made.detach)
@@ -197,7 +197,7 @@ def beside_consistency(
 
 def whole_consistency(model: Model, config: ConsistencyConfig) -> ConsistencyObjective:
     """An objective for `fit` whose student is the model's U-Net, its teacher a copy that rests."""
-    check_trainable(model, inpainting=False)
+    check_trainable(model, sees=())
     inner = tuned(model, PLAIN, train_text=False)
     unet = copy.deepcopy(model.unet).requires_grad_(False)
 

@@ -54,7 +54,7 @@ def new_control(
     `seed` is of the layers that read the hint. Without `diffusion` half of the captions are dropped. ValueError for a
     U-Net that sees more than a text.
     """
-    check_trainable(model, inpainting=False)
+    check_trainable(model, sees=())
     rest(model)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -7,7 +7,7 @@ knows the unconditional answer (Ho & Salimans 2022, algorithm 1). What is predic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,7 +27,9 @@ class DiffusionConfig:
     `min_snr_gamma` > 0: Hang et al. 2023. `offset_noise`: the deviation of noise that is one number a channel
     (Guttenberg 2023 took 0.1). `input_perturbation`: of noise that the network sees and is not asked for (Ning et al.
     2023 took 0.1). `timesteps` "logit-normal" takes those around the quantile that `logit_mean` sits at more often:
-    sigmoid(N(logit_mean, logit_std^2)) of the way (Esser et al. 2024, section 3.1).
+    sigmoid(N(logit_mean, logit_std^2)) of the way (Esser et al. 2024, section 3.1). `beside_drop_prob` is the share of
+    pictures that the U-Net is not shown what it sees beside x, zeros instead; half of the dropped captions' are among
+    them, so that 0.1 of both drops each alone and both in 5 % (Brooks et al. 2023, section 3.2.1).
     """
 
     caption_drop_prob: float = 0.1
@@ -37,10 +39,12 @@ class DiffusionConfig:
     timesteps: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    beside_drop_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_drop_prob <= 1:
-            raise ValueError(f"caption_drop_prob={self.caption_drop_prob}: from 0 to 1 is allowed")
+        for name in ("caption_drop_prob", "beside_drop_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: from 0 to 1 is allowed")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma={self.min_snr_gamma}: above 0 is needed, or None")
         for name in ("offset_noise", "input_perturbation"):
@@ -66,8 +70,8 @@ class FramedBatch(LatentBatch):
 
     `frames` (B, 6): height and width of the file's picture, top and left of the part that was cut out of it once
     resized, height and width of that part, in pixels. `hints` (B, 3, H, W) uint8 for a ControlNet. `shares` (B,): what
-    each picture's error counts in the loss, which is then their sum; None: the mean. `beside` (B, Cc, h, w): what an
-    inpainting U-Net sees beside x.
+    each picture's error counts in the loss, which is then their sum; None: the mean. `beside` (B, Cc, h, w): what the
+    U-Net of a model that inpaints, edits or sees depth sees beside x.
     """
 
     frames: Tensor | None = None
@@ -166,10 +170,15 @@ class DiffusionObjective:
         x0 = self.latent_scale * (batch.mean + batch.std * normal(*shape))
         noise = normal(*shape)
         t = draw_timesteps(config, len(self.denoiser.schedule.sigmas), shape[0], generator).to(device)
-        drop = torch.rand(shape[0], generator=generator) < config.caption_drop_prob
+        chance = torch.rand(shape[0], generator=generator)
+        drop = chance < config.caption_drop_prob
         if config.offset_noise:
             noise = noise + config.offset_noise * normal(*shape[:2], 1, 1)
         shown = noise + config.input_perturbation * normal(*shape) if config.input_perturbation else None
+        if isinstance(batch, FramedBatch) and batch.beside is not None and config.beside_drop_prob:
+            least = min(config.caption_drop_prob / 2, 1 - config.beside_drop_prob)
+            kept = (chance < least) | (chance >= least + config.beside_drop_prob)
+            batch = replace(batch, beside=batch.beside * kept.to(batch.beside)[:, None, None, None])
         context = self._context(batch, drop)
         told = context if self.tell is None else self.tell(batch, context)
         x0, noise = (z.contiguous(memory_format=torch.channels_last) for z in (x0, noise))

@@ -21,7 +21,7 @@ from sfumato.train.distributed import is_first, whole_weights
 from sfumato.train.loop import LoopConfig, State, fit
 from sfumato.train.perceptual import Perceptual
 from sfumato.train.samples import Samples, Watched
-from sfumato.train.views import Encoded, Shown, latents_of
+from sfumato.train.views import Encoded, Hints, Shown, latents_of
 from sfumato.weights.checkpoint import save_checkpoint
 
 __all__ = ["CHECKPOINT", "Encoded", "Shown", "Whole", "tune_autoencoder", "tune_diffusion", "tuned"]
@@ -31,7 +31,7 @@ CHECKPOINT = "model.safetensors"  # of the averaged weights, in the run's folder
 
 def tuned(model: Model, options: DiffusionConfig, train_text: bool) -> DiffusionObjective:
     """The objective that trains a model's whole U-Net, and its text encoders where asked; all else rests."""
-    check_trainable(model)
+    check_trainable(model, sees=("inpaint", "picture", "depth"))
     _as_if_loaded(model)
     parts: dict[str, nn.Module] = {"unet": model.unet.requires_grad_(True)}
     if train_text:
@@ -49,13 +49,15 @@ def tune_diffusion(
     options: DiffusionConfig,
     watched: Watched | None = None,
     train_text: bool = False,
+    seen: Hints | None = None,
 ) -> Path:
     """Train a model's U-Net, and its text encoder where asked, on pictures; returns the checkpoint of the result.
 
-    The run in `folder` goes on where it stopped. ValueError for families whose U-Net sees more than a text.
+    `seen` are the pictures that are edited, or depth maps, for models that see those. The run in `folder` goes on where
+    it stopped. ValueError for families whose U-Net is told more than a text and one of these.
     """
     objective = tuned(model, options, train_text)
-    examples = latents_of(model, pictures, shown, config)
+    examples = latents_of(model, pictures, shown, config, seen)
     samples = Samples(model.family, model.networks, watched, folder) if watched else None
     fit(objective, examples, config, folder, Whole(model, folder / CHECKPOINT), samples)
     return folder / CHECKPOINT

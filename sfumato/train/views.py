@@ -24,7 +24,7 @@ from sfumato.train.data.decoding import decode
 from sfumato.train.data.listed import pictures_under
 from sfumato.train.data.pictures import caption_in, read, size_of, substitutes
 from sfumato.train.diffusion import FramedBatch
-from sfumato.train.masks import beside_of, random_mask
+from sfumato.train.seen import depths, edited, masked, random_mask
 
 KEPT_BYTES = 2**30  # of latents and hints that stay in memory
 MASKS = 1  # of the randomness of a ticket, what its mask takes
@@ -211,14 +211,18 @@ class Encoded:
 
     With `keep` those of each picture stay in memory once they are there, each encoded alone, so that no bit depends on
     what came with it. For pictures that look the same in every pass. For a model that inpaints, a part of each picture
-    is hidden as well, another one in every pass: those are not kept.
+    is hidden as well, another one in every pass: those are not kept. A model that edits or sees depth takes the views'
+    hints; ValueError where they have none.
     """
 
     def __init__(self, pictures: Bucketed | Views, model: Model, keep: bool = False) -> None:
         self.pictures, self.model = pictures, model
         self.batch_size = pictures.batch_size
-        self._hides = model.family.concat == "inpaint"
-        self._kept: dict[int, FramedBatch] | None = {} if keep and not self._hides else None
+        concat = model.family.concat
+        if concat in ("picture", "depth") and (isinstance(pictures, Bucketed) or pictures.hints is None):
+            seen = "the pictures that are edited" if concat == "picture" else "depth maps"
+            raise ValueError(f"seen=None: {model.family.name}'s U-Net sees {seen}, a folder of them is needed")
+        self._kept: dict[int, FramedBatch] | None = {} if keep and concat != "inpaint" else None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -250,13 +254,22 @@ class Encoded:
         images = given.pixels.to(self.model.device)
         posterior = self.model.autoencoder.encode(images)
         frames, hints = (given.frames, given.hints) if isinstance(given, View) else (None, None)
-        beside = None
-        if self._hides:
-            seed = self.pictures.batches.seed if isinstance(self.pictures, Views) else self.pictures.seed
+        beside = self._beside(tickets, images, hints)
+        hints = hints if beside is None else None
+        return FramedBatch(posterior.mean, posterior.std, given.captions, frames=frames, hints=hints, beside=beside)
+
+    def _beside(self, tickets: Sequence[int], images: Tensor, hints: Tensor | None) -> Tensor | None:
+        """What the model's U-Net sees beside x."""
+        concat = self.model.family.concat
+        if concat == "inpaint":
+            seed = self.pictures.seed if isinstance(self.pictures, Bucketed) else self.pictures.batches.seed
             rngs = [np.random.default_rng([seed, ticket, MASKS]) for ticket in tickets]
             masks = np.stack([random_mask(rng, *images.shape[2:]) for rng in rngs])
-            beside = beside_of(self.model, images, torch.from_numpy(masks)[:, None].to(images))
-        return FramedBatch(posterior.mean, posterior.std, given.captions, frames=frames, hints=hints, beside=beside)
+            return masked(self.model, images, torch.from_numpy(masks)[:, None].to(images))
+        if concat is None or hints is None:
+            return None
+        shown = hints.to(images)
+        return depths(self.model, shown) if concat == "depth" else edited(self.model, shown / 127.5 - 1)
 
 
 def joined(parts: Sequence[FramedBatch]) -> FramedBatch:

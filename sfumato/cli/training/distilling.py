@@ -50,7 +50,7 @@ def run_consistency(args: argparse.Namespace) -> int:
     loop, lora = config_of(args), replace(LCM_LORA, rank=args.rank, alpha=float(args.rank))
     pictures = None if args.data is None else open_pictures(*args.data)
     model = load(args, device_of(args), "full").model
-    check_trainable(model, inpainting=False)
+    check_trainable(model, sees=())
     guidance = model.family.defaults.guidance if args.guidance is None else args.guidance
     config = ConsistencyConfig(guidance, args.solver_steps)
     watched = watched_of(args)

@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INTO = ("inpaint", "edit", "depth")
+
 
 def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     """Of the U-Net."""
     add_run_flags(parser)
     parser.add_argument("--train-text", action="store_true", help="train the text encoder as well")
-    parser.add_argument("--inpainting", action="store_true", help="make of a model that draws from words one that "
-        "inpaints: its U-Net gets channels for mask and masked picture, zero at first")  # fmt: skip
+    parser.add_argument("--into", choices=INTO, help="make of a model that draws from words one that inpaints, edits "
+        "by instructions (the captions), or sees depth: its U-Net gets more channels, zero at first")  # fmt: skip
+    parser.add_argument("--seen", type=Path, metavar="DIR", help="for those that edit or see depth: pictures of the "
+        "same names, what is edited or depth maps (bright is near)")  # fmt: skip
+    parser.add_argument("--seen-drop", type=float, metavar="X",
+        help="share that is not shown them (default: 0.1 for models that edit, 0 for others)")  # fmt: skip
     add_loss_flags(parser, 0.1)
     add_watch_flags(parser)
 
@@ -59,16 +65,26 @@ def run_diffusion(args: argparse.Namespace) -> int:
     """`sfumato train diffusion`."""
     from sfumato.train.data import open_pictures
     from sfumato.train.diffusion import DiffusionConfig
-    from sfumato.train.masks import widened
+    from sfumato.train.seen import KINDS, widened
     from sfumato.train.tuning import tune_diffusion
+    from sfumato.train.views import Hints
 
-    options = DiffusionConfig(args.caption_drop, args.min_snr, offset_noise=args.offset_noise)
     config = config_of(args)
     pictures, model = open_pictures(*args.data), load(args, device_of(args), "full").model
-    if args.inpainting and model.family.concat != "inpaint":
-        model = widened(model)
+    if args.into and model.family.concat != KINDS[args.into]:
+        model = widened(model, args.into)
+    concat = model.family.concat
+    if (args.seen or args.seen_drop is not None) and concat not in ("picture", "depth"):
+        raise ValueError(f"seen: {model.family.name}'s U-Net sees no other pictures; see --into")
+    if args.prompt and concat in ("picture", "depth"):
+        raise ValueError(f"prompt: {model.family.name} draws from pictures, so nothing is drawn on the way")
+    seen = None if args.seen is None else Hints(args.seen, pictures)
+    drop = args.seen_drop if args.seen_drop is not None else 0.1 if concat == "picture" else 0.0
+    options = DiffusionConfig(
+        args.caption_drop, args.min_snr, offset_noise=args.offset_noise, beside_drop_prob=drop
+    )  # fmt: skip
     shown = shown_of(args, model)
-    path = tune_diffusion(model, pictures, args.out, shown, config, options, watched_of(args), args.train_text)
+    path = tune_diffusion(model, pictures, args.out, shown, config, options, watched_of(args), args.train_text, seen)
     return done(path, pictures)
 
 

@@ -1,8 +1,8 @@
-"""What an inpainting U-Net learns from: random masks, and the pictures without what lies under them.
+"""What U-Nets see beside x when they learn: masked pictures, pictures to be edited, depth maps; and how they begin.
 
 Masks are boxes and thick strokes, as of Suvorov et al. 2022 (LaMa, "wide" masks), and for a quarter of the pictures
-everything, as Stable Diffusion's inpainting models were trained. Knows no loss. Letters: B pictures, H W pixels,
-h w size of the latents, C their channels.
+everything, as Stable Diffusion's inpainting models were trained. Everything is as it is made where pictures are drawn
+(tasks/conditions.py). Knows no loss. Letters: B pictures, H W pixels, h w size of the latents, C their channels.
 """
 
 from __future__ import annotations
@@ -47,34 +47,63 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 @torch.no_grad()
-def beside_of(model: Model, images: Tensor, masks: Tensor) -> Tensor:
-    """What the U-Net sees beside x: mask, then scaled latents of the picture with grey under it; (B, 1 + C, h, w).
+def masked(model: Model, images: Tensor, masks: Tensor) -> Tensor:
+    """Of inpainting models: mask, then scaled latents of the picture with grey under it; (B, 1 + C, h, w).
 
-    `images` (B, 3, H, W) in [-1, 1], `masks` (B, 1, H, W), 1 where hidden. The same as is made where pictures are drawn
-    (tasks/conditions.py): a cell of the latents is hidden where any of its pixels is.
+    `images` (B, 3, H, W) in [-1, 1], `masks` (B, 1, H, W), 1 where hidden; a cell of the latents is hidden where any of
+    its pixels is.
     """
     latents = model.autoencoder.encode(images * (1 - masks)).mean * model.family.latent_scale
     return torch.cat([F.max_pool2d(masks, model.family.autoencoder.factor), latents], dim=1)
 
 
-def inpainting_family(family: Family) -> Family:
-    """The family with a U-Net that sees mask and masked picture too; ValueError where it sees something already."""
+@torch.no_grad()
+def edited(model: Model, images: Tensor) -> Tensor:
+    """Of models that edit by instructions: (B, C, h, w), latents of what is edited, not scaled (Brooks et al. 2023).
+
+    `images` (B, 3, H, W) in [-1, 1].
+    """
+    return model.autoencoder.encode(images).mean
+
+
+def depths(model: Model, maps: Tensor) -> Tensor:
+    """Of models that see depth: (B, 1, h, w), each map at latent size, from -1 (far) to 1 (near).
+
+    `maps` (B, 3, H, W) of any range, near is bright. ValueError for a map that is the same everywhere.
+    """
+    factor = model.family.autoencoder.factor
+    size = (maps.shape[2] // factor, maps.shape[3] // factor)
+    small = F.interpolate(maps.mean(1, keepdim=True), size=size, mode="bicubic", align_corners=False)
+    low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
+    if (high - low < 1e-4 * maps.abs().max().clamp(min=1e-4)).any():
+        raise ValueError("depth: a map is the same everywhere, so it says nothing")
+    return 2 * (small - low) / (high - low) - 1
+
+
+KINDS = {"inpaint": "inpaint", "edit": "picture", "depth": "depth"}  # of models, and what their U-Nets see
+
+
+def seeing(family: Family, kind: str) -> Family:
+    """The family with a U-Net that sees more, `kind` one of KINDS; the published one where there is one.
+
+    ValueError where the U-Net sees something already.
+    """
     if family.concat is not None or family.unet.num_classes is not None:
-        raise ValueError(f"inpainting: {family.name}'s U-Net sees more than a text already")
-    channels = 2 * family.autoencoder.latent_channels + 1
-    made = replace(
-        family, name=f"{family.name}-inpaint", unet=replace(family.unet, in_channels=channels), concat="inpaint"
-    )
+        raise ValueError(f"into={kind!r}: {family.name}'s U-Net sees more than a text already")
+    latent = family.autoencoder.latent_channels
+    more = {"inpaint": latent + 1, "edit": latent, "depth": 1}[kind]
+    unet = replace(family.unet, in_channels=latent + more)
+    made = replace(family, name=f"{family.name}-{kind}", unet=unet, concat=KINDS[kind])
     published = (known for known in FAMILIES.values() if replace(known, name=made.name) == made)
     return next(published, made)
 
 
-def widened(model: Model) -> Model:
-    """A model that inpaints, and answers as before until it is trained: what is new in its first layer is zero.
+def widened(model: Model, kind: str) -> Model:
+    """A model of that kind which answers as before until it is trained: what is new in its first layer is zero.
 
-    Rombach et al. 2022 began their inpainting models so. ValueError where the U-Net sees more than a text.
+    Rombach et al. 2022 and Brooks et al. 2023 began theirs so. ValueError where the U-Net sees more than a text.
     """
-    family = inpainting_family(model.family)
+    family = seeing(model.family, kind)
     before = model.unet.state_dict()
     with torch.device("meta"):
         unet = UNet(family.unet)

@@ -1,4 +1,4 @@
-"""Inpainting models are trained: their masks, what the U-Net sees beside x, from a model that draws from words."""
+"""Models that inpaint, edit or see depth are trained, from one that draws from words: what U-Nets see beside x."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sfumato.tasks.studio import Studio
 from sfumato.train.conditions import Told, predicting
 from sfumato.train.config import LoopConfig
 from sfumato.train.data import LatentBatch, open_pictures
-from sfumato.train.diffusion import DiffusionConfig
-from sfumato.train.masks import beside_of, inpainting_family, random_mask, widened
+from sfumato.train.diffusion import DiffusionConfig, FramedBatch, Texts
+from sfumato.train.seen import depths, edited, masked, random_mask, seeing, widened
 from sfumato.train.tuning import tuned
 from sfumato.train.views import Shown, latents_of
 from sfumato.types import Job
@@ -52,16 +52,19 @@ def test_masks_are_of_all_kinds_and_come_back() -> None:
 
 
 def test_families_become_the_published_ones() -> None:
-    assert inpainting_family(FAMILIES["sd1"]) is FAMILIES["sd1-inpaint"]
-    assert inpainting_family(FAMILIES["xl"]) is FAMILIES["xl-inpaint"]
-    assert inpainting_family(FAMILIES["box"]).name == "box-inpaint"
+    assert seeing(FAMILIES["sd1"], "inpaint") is FAMILIES["sd1-inpaint"]
+    assert seeing(FAMILIES["xl"], "inpaint") is FAMILIES["xl-inpaint"]
+    assert seeing(FAMILIES["box"], "inpaint").name == "box-inpaint"
+    assert seeing(FAMILIES["sd1"], "edit") is FAMILIES["sd1-edit"]
+    made = seeing(FAMILIES["sd2-base"], "depth")
+    assert replace(made, name="sd2-depth") == FAMILIES["sd2-depth"]
     with pytest.raises(ValueError, match="sd2-depth's U-Net sees more than a text already"):
-        inpainting_family(FAMILIES["sd2-depth"])
+        seeing(FAMILIES["sd2-depth"], "inpaint")
 
 
 @torch.inference_mode()
 def test_a_widened_model_answers_as_before_whatever_it_sees(model: Model) -> None:
-    wide = widened(model)
+    wide = widened(model, "inpaint")
     generator = torch.Generator().manual_seed(0)
     x, beside = (torch.randn(2, channels, 4, 4, generator=generator) for channels in (4, 5))
     context = torch.randn(2, 77, model.family.unet.context_dim, generator=generator)
@@ -73,25 +76,25 @@ def test_a_widened_model_answers_as_before_whatever_it_sees(model: Model) -> Non
 
 @torch.inference_mode()
 def test_training_shows_what_drawing_shows(model: Model) -> None:
-    wide = widened(model)
+    wide = widened(model, "inpaint")
     grey, whole = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    torch.testing.assert_close(beside_of(wide, grey, whole), blank(wide, (16, 16)))
+    torch.testing.assert_close(masked(wide, grey, whole), blank(wide, (16, 16)))
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.testing.assert_close(beside_of(wide, image, whole), blank(wide, (16, 16)))  # nothing shines through
+    torch.testing.assert_close(masked(wide, image, whole), blank(wide, (16, 16)))  # nothing shines through
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 3:6, 3:6] = 1
-    seen = beside_of(wide, image, mask)
+    seen = masked(wide, image, mask)
     assert seen.shape == (1, 5, 8, 8)
     assert seen[0, 0].nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]], "a cell is hidden where any pixel is"
     pixels = to_uint8(image)[0]
     canvas = Canvas(pixels, mask[0, 0].numpy(), lambda drawn: drawn)
     drawn = concat_of(canvas, Job("x", width=16, height=16), Studio(wide), None)
     assert drawn is not None
-    torch.testing.assert_close(beside_of(wide, from_uint8(pixels[None]), mask), drawn)
+    torch.testing.assert_close(masked(wide, from_uint8(pixels[None]), mask), drawn)
 
 
 def test_masks_change_from_pass_to_pass_and_a_resumed_run_sees_the_same(model: Model, folder: Path) -> None:
-    wide, shown = widened(model), Shown(16)
+    wide, shown = widened(model, "inpaint"), Shown(16)
     config = LoopConfig(4, batch_size=2)
 
     def examples():  # type: ignore[no-untyped-def]
@@ -105,13 +108,13 @@ def test_masks_change_from_pass_to_pass_and_a_resumed_run_sees_the_same(model: M
     assert torch.equal(first.mean, later.mean) and not torch.equal(first.beside, later.beside)
     bare = LatentBatch(first.mean, first.std, first.captions)
     objective = tuned(wide, DiffusionConfig(), train_text=False)
-    with pytest.raises(ValueError, match="U-Net sees masked pictures, these latents come without"):
+    with pytest.raises(ValueError, match="U-Net sees more than a text, these latents come without"):
         objective.loss(bare, torch.Generator())
 
 
 def test_a_model_learns_to_inpaint_goes_on_and_paints(tiny_checkpoint, folder, tmp_path, capsys) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    flags = ["--lr", "2e-3", "--warmup", "1", "--batch", "4", "--ema-decay", "0.9", "--inpainting"]
+    flags = ["--lr", "2e-3", "--warmup", "1", "--batch", "4", "--ema-decay", "0.9", "--into", "inpaint"]
     watched = ["--prompt", "a red wall", "--sample-every", "100"]
     assert train(tiny_checkpoint, "diffusion", folder, run, "--steps", "60", *flags, *watched) == 0
     assert train(tiny_checkpoint, "diffusion", folder, run, "--steps", "160", *flags, *watched) == 0
@@ -125,7 +128,7 @@ def test_a_model_learns_to_inpaint_goes_on_and_paints(tiny_checkpoint, folder, t
 
     half, whole_mask = torch.zeros(10, 1, 16, 16), torch.ones(10, 1, 16, 16)
     half[..., 8:] = 1
-    at_first = error_of(widened(load_model(tiny_checkpoint)), folder, half)
+    at_first = error_of(widened(load_model(tiny_checkpoint), "inpaint"), folder, half)
     assert error_of(wide, folder, half) < error_of(wide, folder, whole_mask) < at_first, (
         "what is left of a picture helps"
     )
@@ -146,9 +149,73 @@ def error_of(model: Model, folder: Path, masks: torch.Tensor) -> float:
     examples = latents_of(model, open_pictures(folder), Shown(16), LoopConfig(4, batch_size=10))
     objective = tuned(model, DiffusionConfig(caption_drop_prob=1.0), train_text=False)
     batch, images = examples.batch(list(range(10))), examples.pictures.batch(list(range(10))).pixels
-    given = replace(batch, beside=beside_of(model, images, masks))
+    given = replace(batch, beside=masked(model, images, masks))
     with torch.no_grad():
         return float(np.mean([float(objective.loss(given, seeded(seed))[0]) for seed in range(24)]))
+
+
+@torch.inference_mode()
+def test_what_is_edited_and_depth_are_shown_as_where_pictures_are_drawn(model: Model, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels, ramp = (
+        rng.integers(0, 256, (16, 16, 3), np.uint8),
+        np.repeat(np.arange(16, dtype=np.uint8)[:, None] * 9, 16, 1),
+    )
+    canvas = Canvas(pixels, None, lambda drawn: drawn)
+    editing, deep = widened(model, "edit"), widened(model, "depth")
+    drawn = concat_of(canvas, Job("x", width=16, height=16), Studio(editing), None)
+    torch.testing.assert_close(edited(editing, from_uint8(pixels[None])), drawn)
+    Image.fromarray(ramp).save(tmp_path / "depth.png")
+    drawn = concat_of(canvas, Job("x", width=16, height=16, depth=str(tmp_path / "depth.png")), Studio(deep), None)
+    maps = torch.from_numpy(ramp)[None, None].expand(1, 3, 16, 16).float()
+    torch.testing.assert_close(depths(deep, maps), drawn, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="a map is the same everywhere"):
+        depths(deep, torch.full((1, 3, 16, 16), 7.0))
+
+
+@pytest.mark.parametrize("kind", ["edit", "depth"])
+def test_a_model_learns_from_pictures_beside(kind, tiny_checkpoint, folder, tmp_path, capsys) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for path in folder.glob("*.png"):
+        if path.name != "03.png":
+            with Image.open(path) as image:
+                pixels = np.asarray(image)[::-1].copy()
+                pixels[: len(pixels) // 2] //= 2
+                Image.fromarray(pixels).save(beside / path.name)
+    (folder / "03.png").unlink()
+    run, flags = tmp_path / "run", ["--steps", "4", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--into", kind]
+    assert train(tiny_checkpoint, "diffusion", folder, run, *flags) == 2
+    assert "seen=None" in capsys.readouterr().err
+    assert train(tiny_checkpoint, "diffusion", folder, run, *flags, "--seen", str(beside)) == 0
+    made = load_model(run / "model.safetensors")
+    assert made.family.name == f"tiny-{kind}"
+    assert made.unet.state_dict()["input_blocks.0.0.weight"][:, 4:].abs().max() > 0
+    assert train(tiny_checkpoint, "diffusion", folder, tmp_path / "r", *flags[:-2], "--seen", str(beside)) == 2
+    assert "U-Net sees no other pictures" in capsys.readouterr().err
+    assert (
+        train(tiny_checkpoint, "diffusion", folder, tmp_path / "r", *flags, "--prompt", "x", "--seen", str(beside)) == 2
+    )
+    assert "draws from pictures, so nothing is drawn on the way" in capsys.readouterr().err
+
+
+def test_captions_and_pictures_are_dropped_alone_and_together(model: Model) -> None:
+    editing = widened(model, "edit")
+    objective = tuned(editing, DiffusionConfig(caption_drop_prob=0.1, beside_drop_prob=0.1), train_text=False)
+    told: list[Told] = []
+    objective.denoiser.loss = lambda x0, noise, t, given, *more: told.append(given) or x0.mean((1, 2, 3))  # type: ignore[method-assign,assignment,func-returns-value]
+    empty = objective.context([""])
+    assert isinstance(empty, Texts)
+    count = 400
+    batch = FramedBatch(
+        torch.zeros(count, 4, 2, 2), torch.zeros(count, 4, 2, 2), ["a"] * count, beside=torch.ones(count, 4, 2, 2)
+    )
+    for seed in range(5):
+        objective.loss(batch, seeded(seed))
+    bare = torch.cat([(each.context == empty.context).flatten(1).all(1) for each in told])
+    blind = torch.cat([(each.beside == 0).flatten(1).all(1) for each in told if each.beside is not None])
+    shares = [float(x.float().mean()) for x in (bare & ~blind, blind & ~bare, bare & blind)]
+    assert all(0.03 < share < 0.07 for share in shares), shares
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -156,7 +223,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_predictions_see_what_is_beside(model: Model) -> None:
-    wide = widened(model)
+    wide = widened(model, "inpaint")
     torch.nn.init.normal_(wide.unet.input_blocks[0][0].weight)  # type: ignore[union-attr]
     predict = predicting(wide)
     x, context = torch.randn(1, 4, 4, 4), torch.randn(1, 77, wide.family.unet.context_dim)
@@ -170,7 +237,7 @@ def test_predictions_see_what_is_beside(model: Model) -> None:
 def test_what_sees_something_else_is_refused_in_a_line(what, tmp_path, folder, capsys) -> None:
     family = TINIES["sd2-depth"]
     save_checkpoint(tmp_path / "d.safetensors", family, random_parts(family), torch.float32)
-    more = ["--inpainting"] if what == "diffusion" else []
+    more = ["--into", "inpaint"] if what == "diffusion" else []
     assert train(tmp_path / "d.safetensors", what, folder, tmp_path / "run", "--steps", "1", *more) == 2
     assert "U-Net sees more than a text" in capsys.readouterr().err
 
