@@ -130,7 +130,7 @@ def save_sheet(path: Path, pixels: np.ndarray) -> None:
 def report(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every share, of drawn and of real pictures."""
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = Pipeline.from_pretrained(args.ckpt, precision=args.precision, adapters=[])
+    pipe = Pipeline.from_pretrained(args.ckpt, precision=args.precision, adapters=[], fast=args.fast)
     judge = load_judge(args.judge)
     reader = load_reader(args.styles)
 
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="full", help="of the drawing (default: full)")
+    parser.add_argument("--fast", action="store_true", help="draw with hastened layers")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -7,8 +7,12 @@ channel's mean, deviation, least and most are kept, as of textures (Gatys et al.
 network learns from them, on the art's 853 things but for strangers, a tenth of them that measure how well it reads what
 it never saw, and but for the pairs that the box is not shown either.
 
+Pictures are made small first: the box's edges are softer than real ones, and a reader of fine texture reads that. At
+128 px it reads 81 % of strangers, but of what the box draws of pairs that it knows only 35 %, where the judge reads
+95 %; at 40 px 66 % and 81 %.
+
     python -m recipes.box.style train --data data/judge data/judge-all --out runs/style
-    python -m recipes.box.style test --data data/judge-test-held --out runs/style
+    python -m recipes.box.style test --data data/judge-test data/judge-test-held data/judge-test-all --out runs/style
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from sfumato.weights.files import load_safetensors, save_safetensors
 
 log = logging.getLogger(__name__)
 
+SIDE = 40  # px that pictures are shrunk to
 LAYERS = (0, 1, 3, 6, 10)  # of MobileNetV2, at a half to a sixteenth of the side
 WIDTH = 672  # four numbers of each of their channels
 BATCH = 32
@@ -61,6 +66,7 @@ class Statistics:
     def __call__(self, pixels: Tensor) -> Tensor:
         found = []
         for part in pixels.split(BATCH):
+            part = F.interpolate(part, SIDE, mode="bilinear", antialias=True)
             x, told = ((part + 1) / 2 - self.mean) / self.deviation, []
             for index, layer in enumerate(self.layers):
                 x = layer(x)
@@ -147,6 +153,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.what == "train":
         train(args.data, args.out)
+        return
     reader, statistics, every = load_reader(args.out), Statistics(), Pictures(args.data)
     kinds: dict[str, Callable[[Mapping[str, str]], bool]] = {
         "things it was shown": is_shown,
