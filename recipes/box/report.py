@@ -1,7 +1,7 @@
 """The box's report card: drawn pictures read by the judge, beside real ones; and each one's nearest training picture.
 
-    python -m recipes.box.report --ckpt runs/box2/box.safetensors --judge runs/judge --styles runs/style \
-        --data data/box2 --real data/judge-test --real-held-out data/judge-test-held --out docs/box
+    python -m recipes.box.report --ckpt runs/box2/box.safetensors --judge runs/judge --data data/box2 \
+        --real data/judge-test --real-held-out data/judge-test-held --out docs/box
 
 Prompts are made here in the plainest words: every (thing, style) that training showed, the pairs that it never showed,
 and scenes of two things. Nothing is picked. Writes report.json and sheets.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes.box.captions import BACKGROUNDS, RELATIONS, STYLES
-from recipes.box.judge import HEADS, THINGS, Pictures, answers, load_judge, scores, truth
-from recipes.box.style import load_reader, read_styles
+from recipes.box.judge import THINGS, Pictures, answers, load_judge, scores, truth
 from recipes.box.things import BOX, COMMON, HELD_OUT, with_article
 from sfumato.images import grid
 from sfumato.pipeline import PRECISIONS, Pipeline
@@ -33,7 +32,6 @@ from sfumato.types import Job
 log = logging.getLogger(__name__)
 
 BATCH = 16
-STYLE = list(HEADS).index("style")
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,13 @@ def save_sheet(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, quality=90)
 
 
-def report(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def report(args: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     """Every share, of drawn and of real pictures."""
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = Pipeline.from_pretrained(args.ckpt, precision=args.precision, adapters=[], fast=args.fast)
+    pipe = Pipeline.from_pretrained(args.ckpt, precision=args.precision, adapters=[])
     judge = load_judge(args.judge)
-    reader = load_reader(args.styles)
-
-    def as_such(pixels: np.ndarray, right: Tensor) -> dict[str, float]:
-        return {"style as such": (read_styles(reader, pixels) == right[:, STYLE]).float().mean().item()}
-
     rng = np.random.default_rng(args.seed)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Mapping[str, float]] = {}
     seen: np.ndarray | None = None
     for name, asked in (
         ("seen", list(singles(False, args.count, rng))),
@@ -149,17 +142,14 @@ def report(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         seen = pixels if seen is None else seen
         right = torch.tensor([each.answers for each in asked])
         found[name] = scores(answers(judge, pixels), right)
-        if name != "scenes":
-            found[name] |= as_such(pixels, right)
         save_sheet(args.out / f"report-{name.replace(' ', '-')}.jpg", grid(pixels[:96], columns=12))
     pixels, right, is_scene = real(args.real, 2000, pipe.model.family.size)
     scene = torch.tensor(is_scene)
     told = answers(judge, pixels)
     found["real"] = scores({head: log_probs[~scene] for head, log_probs in told.items()}, right[~scene])
-    found["real"] |= as_such(pixels[~scene.numpy()], right[~scene])
     found["real scenes"] = scores({head: log_probs[scene] for head, log_probs in told.items()}, right[scene])
     pixels, right, _ = real(args.real_held_out, 500, pipe.model.family.size)
-    found["real held out"] = scores(answers(judge, pixels), right) | as_such(pixels, right)
+    found["real held out"] = scores(answers(judge, pixels), right)
     assert seen is not None
     beside, apart = nearest(seen[:100], Pictures(args.data))
     log.info("nearest training picture: %.1f of 255 away in the mean, %.1f at least", apart.mean(), apart.min())
@@ -174,7 +164,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="default: the model in the box")
     parser.add_argument("--judge", type=Path, required=True, help="the judge's run")
-    parser.add_argument("--styles", type=Path, required=True, help="the style reader's folder (style.py)")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="the training pictures")
     parser.add_argument("--real", type=Path, required=True, help="other real pictures")
     parser.add_argument("--real-held-out", type=Path, required=True, help="and those of pairs that were held out")
@@ -183,7 +172,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="full", help="of the drawing (default: full)")
-    parser.add_argument("--fast", action="store_true", help="draw with hastened layers")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -12,12 +12,14 @@ Pictures are made small first: the box's edges are softer than real ones, and a 
 95 %; at 40 px 66 % and 81 %.
 
     python -m recipes.box.style train --data data/judge data/judge-all --out runs/style
-    python -m recipes.box.style test --data data/judge-test data/judge-test-held data/judge-test-all --out runs/style
+    python -m recipes.box.style test --data data/judge-test data/judge-test-held data/judge-test-all --out runs/style \
+        --result docs/box/styles.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +32,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipes.box.captions import STYLES
-from recipes.box.judge import Pictures, as_input, disturbed
+from recipes.box.judge import HEADS, Pictures, as_input, disturbed
+from recipes.box.report import drawn, singles
 from recipes.box.things import BOX, HELD_OUT
 from sfumato.evaluate.features import IMAGENET, open_features
+from sfumato.pipeline import PRECISIONS, Pipeline
 from sfumato.weights.files import load_safetensors, save_safetensors
 
 log = logging.getLogger(__name__)
@@ -143,28 +147,60 @@ def read_styles(reader: StyleReader, pixels: np.ndarray) -> Tensor:
     return reader(Statistics()(as_input(pixels))).argmax(1)
 
 
+def shares(reader: StyleReader, folders: Sequence[Path]) -> dict[str, tuple[float, int]]:
+    """Share of real pictures whose style is read rightly, and their number, by what they are to the reader."""
+    statistics, every = Statistics(), Pictures(folders)
+    kinds: dict[str, Callable[[Mapping[str, str]], bool]] = {
+        "things it was shown": is_shown,
+        "strangers": lambda facts: is_stranger(facts["label"]),
+        "pairs held out": lambda facts: (facts["label"], facts["style"]) in HELD_OUT and "relation" not in facts,
+    }
+    found = {}
+    for name, wanted in kinds.items():
+        if len(pictures := every.only(wanted)):
+            with torch.inference_mode():
+                right = reader(measured(pictures, statistics)).argmax(1) == styles_of(pictures)
+            found[name] = (right.float().mean().item(), len(right))
+    return found
+
+
+def shares_drawn(reader: StyleReader, ckpt: str | None, count: int, precision: str) -> dict[str, tuple[float, int]]:
+    """The same of pictures of a checkpoint: `count` of pairs that the box was shown, two thirds as many of the others.
+
+    The prompts and seeds are the report's.
+    """
+    pipe, rng = Pipeline.from_pretrained(ckpt, precision=precision, adapters=[], fast=True), np.random.default_rng(1000)
+    found = {}
+    for name, held_out, number in (("drawn", False, count), ("drawn, pairs held out", True, 2 * count // 3 // 12 * 12)):
+        asked = list(singles(held_out, number, rng))
+        right = torch.tensor([each.answers for each in asked])[:, list(HEADS).index("style")]
+        read = read_styles(reader, drawn(pipe, asked, 1000, None, None))
+        found[name] = ((read == right).float().mean().item(), number)
+    return found
+
+
 def main() -> None:
     """Command line of the reader."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "test"))
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="folder of the reader")
+    parser.add_argument("--ckpt", help="test: read pictures of this checkpoint (default: the model in the box)")
+    parser.add_argument("--count", type=int, default=148, help="test: how many of them")
+    parser.add_argument("--precision", choices=PRECISIONS, default="full", help="of drawing (default: full)")
+    parser.add_argument("--result", type=Path, help="test: write the shares here, as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.what == "train":
         train(args.data, args.out)
         return
-    reader, statistics, every = load_reader(args.out), Statistics(), Pictures(args.data)
-    kinds: dict[str, Callable[[Mapping[str, str]], bool]] = {
-        "things it was shown": is_shown,
-        "strangers": lambda facts: is_stranger(facts["label"]),
-        "pairs held out": lambda facts: (facts["label"], facts["style"]) in HELD_OUT and "relation" not in facts,
-    }
-    for name, wanted in kinds.items():
-        if len(pictures := every.only(wanted)):
-            with torch.inference_mode():
-                right = reader(measured(pictures, statistics)).argmax(1) == styles_of(pictures)
-            log.info("%-20s %.3f of %d", name, right.float().mean(), len(right))
+    reader = load_reader(args.out)
+    found = shares(reader, args.data) | shares_drawn(reader, args.ckpt, args.count, args.precision)
+    for name, (share, number) in found.items():
+        log.info("%-22s %.3f of %d", name, share, number)
+    if args.result is not None:
+        told = {name: {"share": share, "pictures": number} for name, (share, number) in found.items()}
+        args.result.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
