@@ -96,7 +96,8 @@ def test_muon_is_pytorchs_on_matrices() -> None:
 def test_muon_takes_matrices_and_leaves_words_edges_and_vectors_to_adamw() -> None:
     torch.manual_seed(0)
     shapes = {"conv.weight": (32, 16, 3, 3), "text.token_embedding.weight": (50, 32), "out.weight": (4, 32, 3, 3),
-              "norm.weight": (32,), "attn.to_q.weight": (32, 32)}  # fmt: skip
+              "norm.weight": (32,), "attn.to_q.weight": (32, 32), "in.weight": (32, 4, 3, 3),
+              "vectors.0": (20, 32)}  # fmt: skip
     parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     parameters["conv.weight"].data = parameters["conv.weight"].data.contiguous(memory_format=torch.channels_last)
     optimizer = make_optimizer(parameters, LoopConfig(1, 1, optimizer="muon"), 1e-2)

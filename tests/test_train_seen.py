@@ -58,6 +58,7 @@ def test_families_become_the_published_ones() -> None:
     assert seeing(FAMILIES["sd1"], "edit") is FAMILIES["sd1-edit"]
     made = seeing(FAMILIES["sd2-base"], "depth")
     assert replace(made, name="sd2-depth") == FAMILIES["sd2-depth"]
+    assert seeing(FAMILIES["sd2"], "depth").name == "sd2-v-depth", "the published one predicts noise"
     with pytest.raises(ValueError, match="sd2-depth's U-Net sees more than a text already"):
         seeing(FAMILIES["sd2-depth"], "inpaint")
 
@@ -169,8 +170,8 @@ def test_what_is_edited_and_depth_are_shown_as_where_pictures_are_drawn(model: M
     drawn = concat_of(canvas, Job("x", width=16, height=16, depth=str(tmp_path / "depth.png")), Studio(deep), None)
     maps = torch.from_numpy(ramp)[None, None].expand(1, 3, 16, 16).float()
     torch.testing.assert_close(depths(deep, maps), drawn, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="a map is the same everywhere"):
-        depths(deep, torch.full((1, 3, 16, 16), 7.0))
+    flat = depths(deep, torch.cat([torch.full((1, 3, 16, 16), 7.0), maps]))
+    assert not flat[0].any() and torch.equal(flat[1:], depths(deep, maps)), "a cut may be all sky"
 
 
 @pytest.mark.parametrize("kind", ["edit", "depth"])

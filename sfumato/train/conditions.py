@@ -41,10 +41,10 @@ def check_trainable(model: Model, sees: Sequence[str] = ("inpaint",)) -> None:
     """ValueError, in a line, for families whose U-Net sees more than a text and one of these beside x."""
     family = model.family
     if family.concat not in (None, *sees) or family.unet.num_classes is not None:
-        allowed = " or inpaint" if "inpaint" in sees else ""
+        known = "told of a text alone, or inpaint" if "inpaint" in sees else "told of a text alone"
         raise ValueError(
-            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text (inpainting, depth, ...); only models "
-            f"that are told of a text alone{allowed} are trained here"
+            f"ckpt={model.name!r}: {family.name}'s U-Net sees more than a text; only models that are {known} are "
+            "trained here"
         )
 
 

@@ -50,7 +50,7 @@ def new_hypernetwork(
     """An objective for `fit` that learns a hypernetwork from new weights; the model's networks rest from now on.
 
     Without `config` it has A1111's shape for all widths that the U-Net's attentions have. ValueError where the model's
-    U-Net sees more than text, or no attention of it has one of the widths.
+    U-Net sees depth or a picture to be edited, or no attention of it has one of the widths.
     """
     check_trainable(model)
     rest(model)

@@ -104,8 +104,8 @@ def new_inversion(
 ) -> InversionObjective:
     """An objective for `fit` that learns one word; the model's networks rest from now on.
 
-    Without `diffusion` no caption is dropped: the word is in every prompt. ValueError where the model's U-Net sees more
-    than text, where `initial` has no tokens, or where there are more vectors than a chunk of a prompt holds.
+    Without `diffusion` no caption is dropped: the word is in every prompt. ValueError where the model's U-Net sees
+    depth or a picture to be edited, `initial` has no tokens, or there are more vectors than a chunk of a prompt holds.
     """
     check_trainable(model)
     rest(model)

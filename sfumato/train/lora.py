@@ -119,7 +119,7 @@ def new_lora(
     """An objective for `fit` that learns an adapter; the deltas are on the model until `detach`.
 
     Without `diffusion` no caption is dropped. ValueError: an unknown target or one that the kind cannot change, a U-Net
-    that sees more than a text.
+    that sees depth or a picture to be edited.
     """
     check_trainable(model)
     names = {"unet": unet_layers(model.unet, config.targets)}

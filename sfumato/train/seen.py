@@ -69,15 +69,14 @@ def edited(model: Model, images: Tensor) -> Tensor:
 def depths(model: Model, maps: Tensor) -> Tensor:
     """Of models that see depth: (B, 1, h, w), each map at latent size, from -1 (far) to 1 (near).
 
-    `maps` (B, 3, H, W) of any range, near is bright. ValueError for a map that is the same everywhere.
+    `maps` (B, 3, H, W) of any range, near is bright. A map that is the same everywhere, as a cut of a sky may be, is 0.
     """
     factor = model.family.autoencoder.factor
     size = (maps.shape[2] // factor, maps.shape[3] // factor)
     small = F.interpolate(maps.mean(1, keepdim=True), size=size, mode="bicubic", align_corners=False)
     low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
-    if (high - low < 1e-4 * maps.abs().max().clamp(min=1e-4)).any():
-        raise ValueError("depth: a map is the same everywhere, so it says nothing")
-    return 2 * (small - low) / (high - low) - 1
+    deep = high - low > 1e-4 * maps.abs().max().clamp(min=1e-4)
+    return torch.where(deep, 2 * (small - low) / (high - low).clamp(min=1e-12) - 1, 0.0)
 
 
 KINDS = {"inpaint": "inpaint", "edit": "picture", "depth": "depth"}  # of models, and what their U-Nets see
@@ -94,8 +93,10 @@ def seeing(family: Family, kind: str) -> Family:
     more = {"inpaint": latent + 1, "edit": latent, "depth": 1}[kind]
     unet = replace(family.unet, in_channels=latent + more)
     made = replace(family, name=f"{family.name}-{kind}", unet=unet, concat=KINDS[kind])
-    published = (known for known in FAMILIES.values() if replace(known, name=made.name) == made)
-    return next(published, made)
+    published = next((known for known in FAMILIES.values() if replace(known, name=made.name) == made), None)
+    if published is None and made.name in FAMILIES:  # SD 2 at 768 px predicts v, its published relatives noise
+        return replace(made, name=f"{family.name}-{family.prediction}-{kind}")
+    return published or made
 
 
 def widened(model: Model, kind: str) -> Model:

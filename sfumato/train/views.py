@@ -96,17 +96,17 @@ def check_captions(pictures: Pictures) -> None:
 
 
 class Hints:
-    """Hints that lie as pictures of the same names in another folder. ValueError where some are missing."""
+    """Hints that lie as pictures of the same names in another folder. ValueError, naming `field`, where one is not."""
 
-    def __init__(self, folder: str | Path, pictures: Pictures) -> None:
-        self.folder, self.pictures = Path(folder), pictures
+    def __init__(self, folder: str | Path, pictures: Pictures, field: str = "hints") -> None:
+        self.folder, self.pictures, self.field = Path(folder), pictures, field
         if not self.folder.is_dir():
-            raise ValueError(f"hints={str(folder)!r}: no such folder")
+            raise ValueError(f"{field}={str(folder)!r}: no such folder")
         found = {str(Path(name).with_suffix("")): self.folder / name for name in pictures_under(self.folder)}
         names = [self._name(index) for index in range(len(pictures))]
         if missing := [name for name in names if name not in found]:
             raise ValueError(
-                f"hints={str(folder)!r}: none for {len(missing)} of {len(names)} pictures, first {missing[0]!r}"
+                f"{field}={str(folder)!r}: none for {len(missing)} of {len(names)} pictures, first {missing[0]!r}"
             )
         self._paths = [found[name] for name in names]
 
@@ -122,10 +122,10 @@ class Hints:
         try:
             pixels = decode(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"hints={str(path)!r}: {error}") from error
+            raise ValueError(f"{self.field}={str(path)!r}: {error}") from error
         tall, wide = pixels.shape[:2]
         if abs(wide * shape[1] - tall * shape[0]) > max(wide, tall) + max(shape):  # beyond a pixel's rounding
-            raise ValueError(f"hints={str(path)!r}: {wide} x {tall} px, its picture is {shape[0]} x {shape[1]}")
+            raise ValueError(f"{self.field}={str(path)!r}: {wide} x {tall} px, its picture is {shape[0]} x {shape[1]}")
         return pixels
 
 

@@ -51,7 +51,8 @@ def add_autoencoder_flags(parser: argparse.ArgumentParser) -> None:
     add("--random-crop", type=int, metavar="PX", help="train on crops of this side")
     add("--critic", action="store_true", help="train against a critic of patches as well, with an optimiser of its own")
     add("--critic-weight", type=float, metavar="X", help="of its opinion, beside the adaptive weight (default: 0.5)")
-    add("--critic-start", type=int, metavar="N", help="step from which it counts (default: a quarter of --steps)")
+    add("--critic-start", type=int, metavar="N", help="step from which it counts; from random weights some thousands "
+        "(default: 0)")  # fmt: skip
     add("--lpips", type=Path, nargs="+", metavar="FILE",
         help="how pictures look counts too: a whole saved LPIPS, or VGG16's weights and its heads'")  # fmt: skip
     add("--lpips-weight", type=float, metavar="X", help="of that (default: 1)")
@@ -78,7 +79,7 @@ def run_diffusion(args: argparse.Namespace) -> int:
         raise ValueError(f"seen: {model.family.name}'s U-Net sees no other pictures; see --into")
     if args.prompt and concat in ("picture", "depth"):
         raise ValueError(f"prompt: {model.family.name} draws from pictures, so nothing is drawn on the way")
-    seen = None if args.seen is None else Hints(args.seen, pictures)
+    seen = None if args.seen is None else Hints(args.seen, pictures, field="seen")
     drop = args.seen_drop if args.seen_drop is not None else 0.1 if concat == "picture" else 0.0
     options = DiffusionConfig(
         args.caption_drop, args.min_snr, offset_noise=args.offset_noise, beside_drop_prob=drop
@@ -100,14 +101,14 @@ def _autoencoder_loss(args: argparse.Namespace) -> AutoencoderLoss:
     return AutoencoderLoss(
         perceptual_weight=0.0 if not args.lpips else 1.0 if args.lpips_weight is None else args.lpips_weight,
         critic_weight=0.5 if args.critic_weight is None else args.critic_weight,
-        critic_start=args.steps // 4 if args.critic_start is None else args.critic_start,
+        critic_start=args.critic_start or 0,
         crop=args.random_crop, decoder_only=args.decoder_only, equivariance=args.equivariance,
     )  # fmt: skip
 
 
 def _smallest_side(args: argparse.Namespace, shown: Shown) -> int:
     """Of what critic and LPIPS see, px; ValueError where they cannot see so little."""
-    side = args.random_crop or shown.size
+    side = args.random_crop or min(min(size) for size in shown.buckets or [(shown.size, shown.size)])
     if args.equivariance:
         side //= 2  # what latents are shrunk to at most
     for name in ("critic", "lpips"):
